@@ -1,0 +1,1 @@
+"""Memory and messages between processes; knows nothing of IP, TCP or SOCKS."""

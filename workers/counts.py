@@ -1,0 +1,75 @@
+"""What a worker counts: every reason to drop, refuse or give up has its own word in shared memory."""
+
+from typing import Final
+
+_names: list[str] = []
+
+
+def _counter(name: str) -> int:
+    _names.append(name)
+    return len(_names) - 1
+
+
+# Frames
+FRAMES_FROM_DEVICE: Final = _counter("frames_from_device")
+BYTES_FROM_DEVICE: Final = _counter("bytes_from_device")
+FRAMES_TO_DEVICE: Final = _counter("frames_to_device")
+BYTES_TO_DEVICE: Final = _counter("bytes_to_device")
+MALFORMED: Final = _counter("malformed")  #: lengths that contradict each other, or too short for their headers
+BAD_CHECKSUM: Final = _counter("bad_checksum")
+UNKNOWN_PROTOCOL: Final = _counter("unknown_protocol")  #: neither TCP, UDP nor ICMP
+FRAGMENTS: Final = _counter("fragments")  #: fragments of packets that were dropped
+NOT_PUBLIC: Final = _counter("not_public")  #: destinations that public-only refused
+NO_FRAMES: Final = _counter("no_frames")  #: packets not sent for want of a TX frame
+INTERNAL_ERRORS: Final = _counter("internal_errors")  #: flows ended by an exception of our own, each is a bug
+
+# TCP
+TCP_FLOWS: Final = _counter("tcp_flows")  #: gauge: flows in the table
+TCP_PENDING: Final = _counter("tcp_pending")  #: gauge: of them, those whose proxy connection is not there yet
+TCP_TIME_WAIT: Final = _counter("tcp_time_wait")  #: gauge
+TCP_OPENED: Final = _counter("tcp_opened")
+TCP_REFUSED: Final = _counter("tcp_refused")  #: the proxy or the target said no
+TCP_CONNECT_TIMEOUTS: Final = _counter("tcp_connect_timeouts")
+TCP_SYN_DROPPED_PENDING: Final = _counter("tcp_syn_dropped_pending")  #: too many pending connects
+TCP_SYN_DROPPED_FLOWS: Final = _counter("tcp_syn_dropped_flows")  #: too many flows
+TCP_SYN_DROPPED_DESCRIPTORS: Final = _counter("tcp_syn_dropped_descriptors")  #: no file descriptor left
+TCP_RESET_BY_CLIENT: Final = _counter("tcp_reset_by_client")
+TCP_RESET_BY_PROXY: Final = _counter("tcp_reset_by_proxy")
+TCP_UNKNOWN_FLOW: Final = _counter("tcp_unknown_flow")  #: segments of no flow, answered with RST
+TCP_IDLE_TIMEOUTS: Final = _counter("tcp_idle_timeouts")
+TCP_RETRANSMIT_TIMEOUTS: Final = _counter("tcp_retransmit_timeouts")  #: flows given up, the client is gone
+TCP_RETRANSMITTED: Final = _counter("tcp_retransmitted")  #: segments sent again
+TCP_TIME_WAIT_OVERFLOW: Final = _counter("tcp_time_wait_overflow")
+
+# The proxy
+PROXY_UNREACHABLE: Final = _counter("proxy_unreachable")  #: connections to the proxy that failed
+PROXY_PROTOCOL_ERRORS: Final = _counter("proxy_protocol_errors")  #: answers that are not SOCKS
+PROXY_AUTH_FAILED: Final = _counter("proxy_auth_failed")
+
+# UDP
+UDP_ASSOCIATIONS: Final = _counter("udp_associations")  #: gauge
+UDP_OPENED: Final = _counter("udp_opened")
+UDP_DATAGRAMS_UP: Final = _counter("udp_datagrams_up")
+UDP_DATAGRAMS_DOWN: Final = _counter("udp_datagrams_down")
+UDP_IDLE_TIMEOUTS: Final = _counter("udp_idle_timeouts")
+UDP_DROPPED_WAITING: Final = _counter("udp_dropped_waiting")  #: too many datagrams while the association is set up
+UDP_DROPPED_ASSOCIATIONS: Final = _counter("udp_dropped_associations")  #: too many associations
+UDP_DROPPED_SOCKET: Final = _counter("udp_dropped_socket")  #: the socket took no more
+UDP_DROPPED_REFUSED: Final = _counter("udp_dropped_refused")  #: the proxy has no UDP, or refused the association
+UDP_DROPPED_EMPTY: Final = _counter("udp_dropped_empty")
+UDP_DROPPED_FOREIGN: Final = _counter("udp_dropped_foreign")  #: answers that did not come from the proxy's relay
+UDP_DROPPED_BAD_HEADER: Final = _counter("udp_dropped_bad_header")  #: answers without a valid SOCKS header, or with FRAG
+UDP_DROPPED_TOO_BIG: Final = _counter("udp_dropped_too_big")
+UDP_GSO_REFUSED: Final = _counter("udp_gso_refused")  #: sockets whose path takes no UDP_SEGMENT
+
+# DNS over TCP
+DNS_OVER_TCP_QUERIES: Final = _counter("dns_over_tcp_queries")
+DNS_OVER_TCP_FAILED: Final = _counter("dns_over_tcp_failed")
+
+# ICMP
+ICMP_ECHO_REPLIES: Final = _counter("icmp_echo_replies")
+ICMP_ERRORS_SENT: Final = _counter("icmp_errors_sent")
+ICMP_ERRORS_LIMITED: Final = _counter("icmp_errors_limited")
+ICMP_IGNORED: Final = _counter("icmp_ignored")
+
+NAMES: Final = tuple(_names)  #: of the words, in order

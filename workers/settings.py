@@ -1,0 +1,31 @@
+"""Settings: what the workers need to know of the configuration, ready for use (addresses packed, URL parsed)."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One for the whole process tree, made by the gateway before it forks the workers."""
+
+    scheme: str  #: of the upstream: "socks5", "socks5h" or "direct"
+    proxy_name: str = ""  #: host:port as a person wrote it, for logs
+    proxy_addresses: list[tuple[str, int]] = field(default_factory=list)  #: resolved (numeric host, port), best first
+    username: str | None = None
+    password: str | None = None
+    fwmark: int = 0
+    interface: str = ""
+    mtu: int = 1500
+    own_address4: bytes = b""  #: the address that Ringway answers from, packed; b"" = none
+    own_address6: bytes = b""
+    device_networks: tuple[tuple[bytes, int], ...] = ()  #: (packed network, prefix length) of the device itself
+    connect_timeout: float = 10.0  #: seconds
+    udp_timeout: float = 120.0
+    dns_timeout: float = 10.0
+    tcp_timeout: float = 7440.0
+    tcp_half_closed_timeout: float = 7200.0
+    max_flows: int = 65536  #: TCP flows of one worker
+    max_pending: int = 1024  #: TCP flows of one worker whose proxy connection is not there yet
+    max_associations: int = 4096  #: UDP associations of one worker
+    udp_address: str = "auto"  #: where datagrams go after UDP ASSOCIATE: auto, peer, as-told, or an address
+    public_only: bool = False
+    busy_poll: float = 0.0  #: seconds
