@@ -67,9 +67,9 @@ def seconds(raw: object, text: bool = True) -> float:
 
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_NUMBER: Final = re.compile(r"\d+(\.\d+)?")
-_DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_DURATION: Final = re.compile(r"(\d+(\.\d+)?(ms|s|m|h))+")
+_NUMBER: Final = re.compile(r"[0-9]+(\.[0-9]+)?")
+_DURATION_PART: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
+_DURATION: Final = re.compile(r"([0-9]+(\.[0-9]+)?(ms|s|m|h))+")
 _LONGEST: Final = 30 * 86400.0  # a month: longer is a typing error
 
 
@@ -82,6 +82,8 @@ def _text(raw: object, text: bool) -> str:
 def _integer(low: int, high: int) -> Reader:
     def read(raw: object, text: bool) -> int:
         if text and isinstance(raw, str):
+            if not raw.isascii():
+                raise ValueError
             try:
                 raw = int(raw, 0)  # marks are written 0x22b
             except ValueError:
