@@ -1,0 +1,1 @@
+"""One shard of the gateway: what becomes of a frame."""

@@ -1,0 +1,1 @@
+"""SOCKS5 without I/O: the byte formats, and the client's side of the handshake."""
