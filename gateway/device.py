@@ -219,17 +219,14 @@ def _inherit(text: str, mtu: int, offloads: bool) -> Device:
     name = raw_name.rstrip(b"\0").decode(errors="replace")
     if not flags & _IFF_TUN:
         raise DeviceError(f"device {name} of fd://{fd} is a TAP device: make it with IFF_TUN")
-    if not flags & _IFF_NO_PI:
-        raise DeviceError(
-            f"device {name} of fd://{fd} puts packet information before each packet: open it with IFF_NO_PI"
-        )
     vnet = bool(flags & _IFF_VNET_HDR)
     try:
         features = _set_up(fd, offloads, vnet=vnet)
     except OSError as error:
-        raise DeviceError(
-            f"device {name} of fd://{fd} takes no vnet header of {VNET_HEADER} octets: {error}"
-        ) from error
+        reason = f"takes no vnet header of {VNET_HEADER} octets: {error.strerror}"
+        raise DeviceError(f"device {name} of fd://{fd} {reason}") from error
+    if _has_packet_information(fd, vnet):
+        raise DeviceError(f"device {name} of fd://{fd} puts packet information before packets: open it with IFF_NO_PI")
     return _offer(TunDevice(fd, name, mtu, features, made=False), vnet)
 
 
@@ -240,6 +237,19 @@ def _inherit_socket(fd: int, mtu: int) -> Device:
         raise DeviceError(f"the socket fd://{fd} is not of AF_UNIX with SOCK_DGRAM or SOCK_SEQPACKET")
     os.set_blocking(fd, False)
     return _offer(SocketDevice(fd, f"fd{fd}", mtu), False)
+
+
+def _has_packet_information(fd: int, vnet: bool) -> bool:
+    """Find out whether the descriptor was opened without IFF_NO_PI.
+
+    TUNGETIFF cannot say: IFF_NOFILTER, which it always sets, is the same bit. But a packet of zeros is no IP packet and
+    refused (EINVAL), while behind packet information it is one of an unknown protocol, taken or refused for being down.
+    """
+    try:
+        os.write(fd, bytes((VNET_HEADER if vnet else 0) + 5))
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
 
 
 def _offer(below: TunDevice | SocketDevice, vnet: bool) -> Device:
