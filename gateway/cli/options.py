@@ -1,6 +1,7 @@
 """The options that `ringway run` and `ringway check` share: one for each configuration key, and --config."""
 
 import os
+import textwrap
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -30,6 +31,21 @@ class ConfiguredCommand(click.Command):
             if name not in booleans
         }
         return super().parse_args(ctx, with_two_dashes(args, valued, booleans))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each option over the whole width: key and variable stand unbroken, to be searched and copied."""
+        with formatter.section("Options"):
+            for parameter in self.get_params(ctx):
+                record = parameter.get_help_record(ctx)
+                if record is None:
+                    continue
+                formatter.write(f"  {record[0]}\n")
+                help_, separator, origin = record[1].partition("  [")
+                width = formatter.width - 6
+                lines = textwrap.wrap(help_, width, break_on_hyphens=False, break_long_words=False)
+                if separator:
+                    lines += textwrap.wrap("[" + origin, width, break_on_hyphens=False, break_long_words=False)
+                formatter.write("".join(f"      {line}\n" for line in lines))
 
 
 def configuration_options(function: _Function) -> _Function:
