@@ -1,0 +1,232 @@
+"""Real SOCKS servers in the namespace `net`, as their users start them.
+
+| peer | UDP | what it is good for |
+| --- | --- | --- |
+| dante | yes | the strict one: declared addresses enforced, symmetric, ends with the control connection |
+| shadowsocks | yes | ss-local → ss-server; association outlives TCP, one shared UDP port |
+| v2ray | yes | advertises a wrong address for UDP (`"ip": "10.9.9.9"`) |
+| asyncio-socks-server | yes | advertises 0.0.0.0 for UDP |
+| microsocks | no | refuses pipelining and split messages; user and password |
+| ssh | no | OpenSSH -D: ends the connection instead of answering with a code |
+| embedded | yes | `ringway proxy` |
+"""
+
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.netns.daemon import RINGWAY
+from tests.netns.world import NET_GW4, NET_GW6, Namespace, eventually
+from tests.peers import find, need, need_module
+
+PORT: Final = 1080
+USER, PASSWORD = "ring", "w@y:1/ü"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A kind of server: how its command lines come about, and what it can."""
+
+    name: str
+    programs: tuple[str, ...]  #: what must be installed
+    prepare: Callable[[Path], list[list[str]]]  #: writes files into the directory, returns the commands
+    udp: bool = False
+    ipv6: bool = True  #: reaches IPv6 targets by TCP
+    udp_ipv6: bool = False
+    authentication: bool = False  #: asks for USER and PASSWORD
+
+
+def require(peer: Peer, *programs: str) -> None:
+    """Skip or fail the test, as tests/peers.py says, where a program is missing."""
+    for program in (*peer.programs, *programs):
+        need(program)
+    if peer is ASYNCIO:
+        need_module("asyncio_socks_server", "asyncio-socks-server")
+
+
+class RunningPeer:
+    """The processes of one peer, from start to stop."""
+
+    def __init__(self, peer: Peer, namespace: Namespace) -> None:
+        self.peer = peer
+        self._namespace = namespace
+        self._directory = tempfile.TemporaryDirectory(prefix=f"ringway-{peer.name}-")
+        path = Path(self._directory.name)
+        # Servers drop to a user of their own and read their files as that one.
+        path.chmod(0o755)
+        self._log = path / "log"
+        self._commands = peer.prepare(path)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.start()
+
+    @property
+    def url(self) -> str:
+        from urllib.parse import quote
+
+        login = f"{quote(USER, safe='')}:{quote(PASSWORD, safe='')}@" if self.peer.authentication else ""
+        return f"socks5://{login}{NET_GW4}:{PORT}"
+
+    def start(self) -> None:
+        with open(self._log, "ab") as log:
+            for command in self._commands:
+                program = find(command[0]) or command[0]
+                self._processes.append(self._namespace.popen([program, *command[1:]], stdout=log, stderr=log))
+        try:
+            eventually(self._listens, f"{self.peer.name} listens on {NET_GW4}:{PORT}", 10.0)
+        except BaseException:
+            print(self._log.read_text(errors="replace"))
+            self.close()
+            raise
+
+    def _listens(self) -> bool:
+        for process in self._processes:
+            if process.poll() is not None:
+                pytest.fail(f"{self.peer.name} ended: {process.args!r}\n{self._log.read_text(errors='replace')}")
+        with self._namespace.socket() as trial:
+            return trial.connect_ex((NET_GW4, PORT)) == 0
+
+    def stop(self) -> None:
+        """End the processes; `start` brings them back."""
+        for process in self._processes:
+            # Dante and ssh have children of their own: the whole group goes.
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait(5)
+        self._processes.clear()
+
+    def close(self) -> None:
+        self.stop()
+        self._directory.cleanup()
+
+    def __enter__(self) -> "RunningPeer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _dante(directory: Path) -> list[list[str]]:
+    (directory / "danted.conf").write_text(
+        f"""
+logoutput: stderr
+internal: {NET_GW4} port = {PORT}
+external: {NET_GW4}
+external: {NET_GW6}
+clientmethod: none
+socksmethod: none
+user.privileged: root
+user.unprivileged: nobody
+client pass {{
+  from: 0.0.0.0/0 to: 0.0.0.0/0
+}}
+socks pass {{
+  from: 0.0.0.0/0 to: 0.0.0.0/0
+  protocol: tcp udp
+}}
+socks pass {{
+  from: 0.0.0.0/0 to: ::/0
+  protocol: tcp udp
+}}
+"""
+    )
+    return [["danted", "-f", str(directory / "danted.conf"), "-N", "1"]]
+
+
+def _shadowsocks(directory: Path) -> list[list[str]]:
+    common = {"password": "barfoo", "method": "aes-128-gcm", "timeout": 60, "server_port": 8388, "mode": "tcp_and_udp"}
+    (directory / "server.json").write_text(json.dumps(common | {"server": [NET_GW4]}))
+    (directory / "local.json").write_text(
+        json.dumps(common | {"server": NET_GW4, "local_address": NET_GW4, "local_port": PORT})
+    )
+    return [
+        ["ss-server", "-c", str(directory / "server.json"), "-6"],
+        ["ss-local", "-c", str(directory / "local.json")],
+    ]
+
+
+def _v2ray(directory: Path) -> list[list[str]]:
+    inbound = {
+        "listen": NET_GW4,
+        "port": PORT,
+        "protocol": "socks",
+        "settings": {"auth": "noauth", "udp": True, "ip": "10.9.9.9"},
+    }
+    (directory / "config.json").write_text(
+        json.dumps({"log": {"loglevel": "warning"}, "inbounds": [inbound], "outbounds": [{"protocol": "freedom"}]})
+    )
+    return [["v2ray", "-config", str(directory / "config.json")]]
+
+
+def _asyncio(directory: Path) -> list[list[str]]:
+    return [[str(Path(sys.executable).with_name("asyncio_socks_server")), "-H", NET_GW4, "-P", str(PORT)]]
+
+
+def _microsocks(directory: Path) -> list[list[str]]:
+    return [["microsocks", "-i", NET_GW4, "-p", str(PORT)]]
+
+
+def _microsocks_password(directory: Path) -> list[list[str]]:
+    return [["microsocks", "-i", NET_GW4, "-p", str(PORT), "-u", USER, "-P", PASSWORD]]
+
+
+def _ssh(directory: Path) -> list[list[str]]:
+    for name in ("host", "user"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)],
+            check=True,
+            timeout=10,
+            stdin=subprocess.DEVNULL,
+        )
+    # sshd refuses keys in a directory that others may write, and wants this one for its privilege separation.
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    (directory / "authorized").write_bytes((directory / "user.pub").read_bytes())
+    (directory / "sshd_config").write_text(
+        f"""
+Port 2222
+ListenAddress {NET_GW4}
+HostKey {directory}/host
+AuthorizedKeysFile {directory}/authorized
+StrictModes no
+UsePAM no
+PermitRootLogin yes
+MaxStartups 1000
+PidFile none
+"""
+    )
+    options = [f"{key}={value}" for key, value in {
+        "StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null", "ExitOnForwardFailure": "yes",
+        "ConnectionAttempts": "50", "BatchMode": "yes", "LogLevel": "ERROR",
+    }.items()]  # fmt: skip
+    return [
+        [find("sshd") or "sshd", "-D", "-e", "-f", str(directory / "sshd_config")],
+        ["ssh", "-F", "none", "-N", "-D", f"{NET_GW4}:{PORT}", "-i", str(directory / "user"), "-p", "2222"]
+        + [word for option in options for word in ("-o", option)]
+        + [f"{pwd.getpwuid(os.getuid()).pw_name}@{NET_GW4}"],
+    ]
+
+
+def _embedded(directory: Path) -> list[list[str]]:
+    return [[*RINGWAY, "proxy", "--listen", f"{NET_GW4}:{PORT}"]]
+
+
+EMBEDDED: Final = Peer("embedded", (), _embedded, udp=True, udp_ipv6=True)
+DANTE: Final = Peer("dante", ("danted",), _dante, udp=True)
+SHADOWSOCKS: Final = Peer("shadowsocks", ("ss-local", "ss-server"), _shadowsocks, udp=True, udp_ipv6=True)
+V2RAY: Final = Peer("v2ray", ("v2ray",), _v2ray, udp=True, udp_ipv6=True)
+ASYNCIO: Final = Peer("asyncio-socks-server", (), _asyncio, udp=True, ipv6=False)
+MICROSOCKS: Final = Peer("microsocks", ("microsocks",), _microsocks)
+MICROSOCKS_PASSWORD: Final = Peer("microsocks-password", ("microsocks",), _microsocks_password, authentication=True)
+SSH: Final = Peer("ssh", ("ssh", "sshd", "ssh-keygen"), _ssh)
+REAL: Final[Sequence[Peer]] = (DANTE, SHADOWSOCKS, V2RAY, ASYNCIO, MICROSOCKS, MICROSOCKS_PASSWORD, SSH)

@@ -1,0 +1,157 @@
+"""Real SOCKS servers behind the gateway, each with its own ways: TCP, UDP, names, passwords, and dig."""
+
+import threading
+
+import pytest
+
+from tests.netns.daemon import Ringway
+from tests.netns.dns import ANSWER4, ANSWER6, LARGE, NameServer
+from tests.netns.peers import (
+    DANTE,
+    EMBEDDED,
+    MICROSOCKS_PASSWORD,
+    REAL,
+    SHADOWSOCKS,
+    Peer,
+    RunningPeer,
+    require,
+)
+from tests.netns.traffic import Target, UdpTarget, download, echo, udp_echo, upload
+from tests.netns.world import TARGET4, TARGET6, World, eventually
+from tests.peers import need
+
+pytestmark = [pytest.mark.netns, pytest.mark.peer]
+PEERS = [EMBEDDED, *REAL]
+# These answer a refusal with its code. shadowsocks and v2ray say success and end, ssh ends without an answer,
+# asyncio-socks-server calls everything a general failure.
+HONEST = ("embedded", "dante", "microsocks", "microsocks-password")
+
+
+def dig(world: World, *arguments: str) -> str:
+    done = world.gw.run([need("dig"), "+time=5", "+tries=1", *arguments])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("placement", ["pipeline", "single"])
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_everything_through(world: World, peer: Peer, placement: str) -> None:
+    """TCP bulk and short, refusal, UDP, and DNS, which goes over TCP where the server has no UDP."""
+    require(peer, "dig")
+    with (
+        RunningPeer(peer, world.net) as server,
+        Target(world.net) as target,
+        UdpTarget(world.net, TARGET4) as udp4,
+        UdpTarget(world.net, TARGET6) as udp6,
+        NameServer(world.net) as names,
+        Ringway(world, "-p", server.url, "--placement", placement) as ringway,
+    ):
+        gw = world.gw
+        download(gw, TARGET4, target.port, 8 << 20)
+        with_half_close = peer in (EMBEDDED, DANTE)
+        if with_half_close:
+            upload(gw, TARGET4, target.port, 8 << 20)
+        _short_flows(world, TARGET4, target.port, 40)
+        if peer.ipv6:
+            download(gw, TARGET6, target.port, 1 << 20)
+            _short_flows(world, TARGET6, target.port, 20)
+        if peer.name in HONEST:
+            with pytest.raises(ConnectionRefusedError):
+                echo(gw, TARGET4, 9)
+        else:
+            with pytest.raises((OSError, EOFError)):
+                echo(gw, TARGET4, 9)
+        if peer.udp:
+            for size in (1, 1400):
+                udp_echo(gw, TARGET4, udp4.port, b"u" * size)
+            if peer.udp_ipv6:
+                udp_echo(gw, TARGET6, udp6.port)
+        assert dig(world, f"@{TARGET4}", "name.test", "A", "+short").split() == [ANSWER4]
+        assert dig(world, f"@{TARGET4}", "name.test", "AAAA", "+short").split() == [ANSWER6]
+        assert names.asked["udp" if peer.udp else "tcp"] >= 2, names.asked
+        assert "t" * 250 in dig(world, f"@{TARGET4}", LARGE, "TXT")
+        if peer.ipv6 and (peer.udp_ipv6 or not peer.udp):
+            assert dig(world, f"@{TARGET6}", "name.test", "A", "+short").split() == [ANSWER4]
+        eventually(lambda: ringway.flows() < 10, "the flows are forgotten", 10)
+
+
+def _short_flows(world: World, address: str, port: int, count: int) -> None:
+    failures: list[BaseException] = []
+
+    def some() -> None:
+        try:
+            for _ in range(count // 10):
+                echo(world.gw, address, port)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=some) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not failures
+
+
+def test_wrong_password(world: World) -> None:
+    """Flows are refused, the gateway stays, and the password is in no log."""
+    require(MICROSOCKS_PASSWORD)
+    with RunningPeer(MICROSOCKS_PASSWORD, world.net) as server, Target(world.net) as target:
+        wrong = server.url.rsplit("@", 1)
+        with Ringway(world, "-p", f"socks5://somebody:wrongsecret@{wrong[1]}") as ringway:
+            for _ in range(3):
+                with pytest.raises(OSError):
+                    echo(world.gw, TARGET4, target.port)
+            assert "wrongsecret" not in ringway.log()
+            assert "wrongsecret" not in ringway.status_command("--json").stdout
+
+
+def test_password_from_a_file_and_from_the_environment(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tests.netns.peers import PASSWORD, USER
+    from tests.netns.world import NET_GW4
+
+    require(MICROSOCKS_PASSWORD)
+    secret = tmp_path_factory.mktemp("secret") / "password"
+    secret.write_text(PASSWORD + "\n")
+    with RunningPeer(MICROSOCKS_PASSWORD, world.net) as server, Target(world.net) as target:
+        with Ringway(world, "-p", f"socks5://{USER}@{NET_GW4}:1080", "--password-file", str(secret)):
+            echo(world.gw, TARGET4, target.port)
+        with Ringway(world, env={"RINGWAY_PROXY": server.url}):
+            echo(world.gw, TARGET4, target.port)
+
+
+def test_udp_association_ends_with_dante_and_comes_back(world: World) -> None:
+    """Dante stops relaying when it dies; after it is back, the same client socket is served by a new association."""
+    _restart_under_udp(world, DANTE)
+
+
+def test_udp_association_outlived_by_shadowsocks_and_back(world: World) -> None:
+    _restart_under_udp(world, SHADOWSOCKS)
+
+
+def _restart_under_udp(world: World, peer: Peer) -> None:
+    import socket
+
+    require(peer)
+    with (
+        RunningPeer(peer, world.net) as server,
+        UdpTarget(world.net) as target,
+        Ringway(world, "-p", server.url),
+        world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        client.connect(target.address)
+        client.settimeout(3)
+        client.send(b"one")
+        assert client.recv(10) == b"one"
+        server.stop()
+        server.start()
+        client.settimeout(0.3)
+
+        def answered() -> bool:
+            try:
+                client.send(b"two")
+                return client.recv(10) == b"two"
+            except OSError:
+                return False
+
+        eventually(answered, f"UDP works again after {peer.name} was restarted", 20)

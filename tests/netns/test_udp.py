@@ -1,0 +1,225 @@
+"""UDP through the gateway: echo, sizes, USO both ways, full cone, idle timeout, ping of our own addresses."""
+
+import errno
+import os
+import re
+import select
+import socket
+import struct
+import time
+from typing import Final
+
+import pytest
+
+from tests.netns.daemon import DIRECT, Ringway
+from tests.netns.peers import EMBEDDED, RunningPeer
+from tests.netns.stage import Stage
+from tests.netns.traffic import SO_RCVBUFFORCE, UdpTarget, family_of, target_address, udp_echo
+from tests.netns.world import NO_ROUTE4, World, eventually
+
+pytestmark = pytest.mark.netns
+SOL_UDP: Final = 17
+UDP_SEGMENT: Final = 103  # linux/udp.h; Python has no constant for it
+UDP_GRO: Final = 104
+OWN = ("198.18.0.2", "fd72:6e67:7761:7900::2")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("size", [1, 64, 1452, 1472, 8000])
+def test_echo_of_sizes(stage: Stage, version: int, size: int) -> None:
+    """The last ones come as IP fragments in both directions."""
+    udp_echo(stage.world.gw, target_address(version), stage.udp(version).port, os.urandom(size))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_many_datagrams_of_one_client_arrive_in_order(stage: Stage, version: int) -> None:
+    with stage.world.gw.socket(family_of(target_address(version)), socket.SOCK_DGRAM) as client:
+        client.settimeout(3)
+        client.connect((target_address(version), stage.udp(version).port))
+        # 32 under way at a time: fewer than any buffer between here and there holds.
+        for batch in range(30):
+            for which in range(32):
+                client.send(struct.pack(">I", batch * 32 + which) + b"." * 60)
+            got = [struct.unpack(">I", client.recv(2048)[:4])[0] for _ in range(32)]
+            assert got == list(range(batch * 32, batch * 32 + 32))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_segmented_sends_and_coalesced_receives(stage: Stage, version: int) -> None:
+    """A UDP_SEGMENT super-datagram goes in, each datagram comes out by itself; answers may come coalesced (UDP_GRO)."""
+    size, count = 512, 40
+    payload = b"".join(struct.pack(">I", which) + bytes(size - 4) for which in range(count))
+    with stage.world.gw.socket(family_of(target_address(version)), socket.SOCK_DGRAM) as client:
+        client.setsockopt(SOL_UDP, UDP_GRO, 1)
+        client.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 20)
+        client.settimeout(3)
+        client.connect((target_address(version), stage.udp(version).port))
+        client.sendmsg([payload], [(SOL_UDP, UDP_SEGMENT, struct.pack("H", size))])
+        received: list[int] = []
+        while len(received) < count:
+            data, ancillary, _, _ = client.recvmsg(65536, 64)
+            segment = size
+            for level, kind, value in ancillary:
+                if (level, kind) == (SOL_UDP, UDP_GRO):
+                    (segment,) = struct.unpack("i", value[:4])
+            assert segment == size
+            received += [struct.unpack_from(">I", data, at)[0] for at in range(0, len(data), size)]
+        assert received == list(range(count))
+
+
+def test_full_cone(stage: Stage) -> None:
+    """One client socket keeps one mapped port whatever it talks to, and a third party's datagram reaches it there."""
+    world = stage.world
+    with (
+        UdpTarget(world.net, "203.0.113.11") as one,
+        UdpTarget(world.net, "203.0.113.12") as two,
+        world.net.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
+        world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        stranger.bind(("203.0.113.13", 0))
+        client.settimeout(3)
+        mapped = set()
+        for target in (one, two, stage.udp4):
+            token = os.urandom(8)
+            client.sendto(token, target.address)
+            data, sender = client.recvfrom(100)
+            assert (data, sender) == (token, target.address)
+            mapped.add(target.senders[token])
+        assert len(mapped) == 1, f"the client's port was mapped to {mapped}"
+        (address,) = mapped
+        stranger.sendto(b"unasked", address)
+        assert client.recvfrom(100) == (b"unasked", stranger.getsockname())
+
+
+def test_many_client_sockets(stage: Stage) -> None:
+    """Each client socket has an association of its own; all are answered, each with its own datagram."""
+    clients = [stage.world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(100)]
+    try:
+        for which, client in enumerate(clients):
+            client.settimeout(5)
+            client.connect(stage.udp4.address)
+            client.send(b"%d" % which)
+        for which, client in enumerate(clients):
+            assert client.recv(100) == b"%d" % which
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_first_datagrams_wait_for_the_association(stage: Stage) -> None:
+    """What is sent before UDP ASSOCIATE is answered arrives, in order."""
+    with stage.world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(3)
+        client.connect(stage.udp4.address)
+        for which in range(8):
+            client.send(b"%d" % which)
+        assert [client.recv(10) for _ in range(8)] == [b"%d" % which for which in range(8)]
+
+
+def test_empty_datagram_does_no_harm(stage: Stage) -> None:
+    """Relayed or dropped, the association lives on."""
+    with stage.world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(3)
+        client.connect(stage.udp4.address)
+        client.send(b"before")
+        assert client.recv(10) == b"before"
+        client.send(b"")
+        client.send(b"after")
+        assert (client.recv(10) or client.recv(10)) == b"after"
+
+
+def test_ping_of_our_own_addresses(stage: Stage) -> None:
+    for own in OWN:
+        done = stage.world.gw.run(["ping", "-c", "3", "-i", "0.01", "-W", "2", own])
+        assert done.returncode == 0, done.stdout
+        assert " 0% packet loss" in done.stdout
+        assert stage.world.gw.run(["ping", "-c", "1", "-s", "4000", "-W", "2", own]).returncode == 0
+
+
+def test_ping_latency_is_that_of_a_local_answer(stage: Stage) -> None:
+    done = stage.world.gw.run(["ping", "-c", "20", "-i", "0.005", "-W", "2", OWN[0]])
+    found = re.search(r"= [\d.]+/([\d.]+)/", done.stdout)
+    assert found, done.stdout
+    assert float(found[1]) < 20, done.stdout
+
+
+@pytest.mark.parametrize("upstream", ["direct", "socks"])
+def test_idle_association_ends(world: World, upstream: str) -> None:
+    """After udp-timeout the mapping is given up; the next datagram gets a new one."""
+    with UdpTarget(world.net) as target:
+        if upstream == "socks":
+            peer = RunningPeer(EMBEDDED, world.net)
+            world.on_close(peer.close)
+            proxy: tuple[str, ...] = ("-p", peer.url)
+        else:
+            proxy = DIRECT
+        with (
+            Ringway(world, *proxy, "--udp-timeout", "1s") as ringway,
+            world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        ):
+            client.settimeout(3)
+            client.connect(target.address)
+            client.send(b"one")
+            assert client.recv(10) == b"one"
+            assert ringway.flows("udp") == 1
+            eventually(lambda: ringway.flows("udp") == 0, "the idle association ended", 6)
+            client.send(b"two")
+            assert client.recv(10) == b"two"
+
+
+def test_association_lives_while_it_is_used(world: World) -> None:
+    with (
+        UdpTarget(world.net) as target,
+        Ringway(world, *DIRECT, "--udp-timeout", "1s"),
+        world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        client.settimeout(3)
+        client.connect(target.address)
+        give_up_at = time.monotonic() + 2.5
+        ports = set()
+        which = 0
+        while time.monotonic() < give_up_at:
+            which += 1
+            payload = b"n%d" % which
+            client.send(payload)
+            assert client.recv(10) == payload
+            ports.add(target.senders[payload])
+            select.select([client], [], [], 0.2)
+        assert len(ports) == 1
+
+
+def test_more_associations_than_allowed(world: World) -> None:
+    """Beyond max-associations new clients are refused or dropped; those that are served stay served."""
+    with (
+        UdpTarget(world.net) as target,
+        Ringway(world, *DIRECT, "--max-associations", "10", "--workers", "1") as ringway,
+    ):
+        clients = [world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(30)]
+        try:
+            answered = 0
+            for which, client in enumerate(clients):
+                client.settimeout(0.2)
+                client.connect(target.address)
+                client.send(b"%d" % which)
+                try:
+                    answered += client.recv(10) == b"%d" % which
+                except OSError as error:
+                    assert isinstance(error, TimeoutError) or error.errno in (errno.EHOSTUNREACH, errno.ECONNREFUSED)
+            assert answered == 10
+            assert ringway.flows("udp") <= 10
+            clients[0].settimeout(3)
+            clients[0].send(b"again")
+            assert clients[0].recv(10) == b"again"
+        finally:
+            for client in clients:
+                client.close()
+
+
+def test_datagrams_to_nowhere_do_no_harm(stage: Stage) -> None:
+    """No route behind the gateway: an error or silence, and the same client socket still reaches others."""
+    with stage.world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(3)
+        for _ in range(20):
+            client.sendto(b"lost", (NO_ROUTE4, 99))
+        client.sendto(b"found", stage.udp4.address)
+        assert client.recv(10) == b"found"
