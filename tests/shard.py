@@ -1,0 +1,120 @@
+"""One shard without processes: a stand-in for the worker, its port and its loop, for tests of what it calls.
+
+Frames are put into RX memory with `receive`, what is transmitted is collected in `sent`; sockets are real, on loopback.
+"""
+
+import select
+import socket
+import time
+from mmap import mmap
+
+from ipc.layout import FRAME_SIZE, TX_LARGE, TX_SMALL, TX_SMALL_BASE
+from ipc.pool import FramePool
+from workers import counts
+from workers.icmp import Icmp
+from workers.settings import Settings
+from workers.timers import Timers
+from workers.upstream import Upstream
+
+OWN4 = socket.inet_pton(socket.AF_INET, "198.18.0.2")
+OWN6 = socket.inet_pton(socket.AF_INET6, "fd72:6e67:7761:7900::2")
+VNET = 10
+BATCH = 64  #: frames of one batch
+
+
+class FakePort:
+    """Frames in memory; what is transmitted is copied, and the frame is free at once."""
+
+    def __init__(self):
+        self.rx = mmap(-1, BATCH * FRAME_SIZE)
+        self.rx_view = memoryview(self.rx)
+        self.tx = mmap(-1, TX_SMALL_BASE + TX_SMALL * 2048)
+        self.tx_view = memoryview(self.tx)
+        self.large = FramePool(0, FRAME_SIZE, TX_LARGE)
+        self.small = FramePool(TX_SMALL_BASE, 2048, TX_SMALL)
+        self.sent: list[bytes] = []
+
+    def transmit(self, at, length, more=False):
+        assert not more
+        self.sent.append(self.tx[at : at + length])
+        pool = self.small if at >= TX_SMALL_BASE else self.large
+        frame = pool.frame_of(at)
+        assert at + length <= frame + pool.size
+        assert frame not in pool.free
+        pool.give(frame)
+
+    def hold(self, frame):
+        raise AssertionError("datagrams are not held")
+
+    unhold = hold
+
+
+class Shard:
+    """What a worker offers to its parts."""
+
+    def __init__(self, **settings):
+        defaults = {"scheme": "direct", "own_address4": OWN4, "own_address6": OWN6, "connect_timeout": 2.0}
+        self.settings = Settings(**{**defaults, **settings})
+        self.port = FakePort()
+        self.count = memoryview(bytearray(8 * len(counts.NAMES))).cast("Q")
+        self.timers = Timers()
+        self.events: list[dict[str, str]] = []
+        self.upstream = Upstream(self.settings, self.events.append)
+        self._epoll = select.epoll()
+        self._handlers = {}
+        self.icmp = Icmp(self)
+        self.udp = None
+
+    @property
+    def sent(self) -> list[bytes]:
+        return self.port.sent
+
+    def watch(self, fd, mask, handler):
+        self._epoll.register(fd, mask)
+        self._handlers[fd] = handler
+
+    def unwatch(self, fd):
+        self._epoll.unregister(fd)
+        del self._handlers[fd]
+
+    def poll(self, timeout=0.0):
+        """Handle what is ready; True if something was."""
+        events = self._epoll.poll(timeout)
+        now = time.monotonic()
+        for fd, mask in events:
+            if fd in self._handlers:
+                self._handlers[fd](mask, now)
+        self.timers.run(time.monotonic())
+        return bool(events)
+
+    def run_until(self, condition, timeout=5.0):
+        """Run the loop until condition() holds; fail after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, "nothing more happens"
+            self.poll(0.01)
+
+    def receive(self, *packets, vnet=bytes(VNET), handler=None, transport=None):
+        """Let one batch of IP packets arrive, each with this virtio_net_hdr."""
+        arrives = handler or self.udp.frame_arrives
+        now = time.monotonic()
+        for number, packet in enumerate(packets):
+            at = number * FRAME_SIZE
+            self.port.rx[at : at + VNET + len(packet)] = vnet + packet
+            version = packet[0] >> 4
+            header = transport or (40 if version == 6 else (packet[0] & 15) * 4)
+            arrives(at, at + VNET + header, at + VNET + len(packet), version, now)
+        if self.udp is not None:
+            self.udp.end_of_batch(now)
+        self.port.rx[:] = bytes([0xEE]) * len(self.port.rx) if len(packets) < 4 else self.port.rx[:]
+
+    def counted(self, index):
+        return self.count[index]
+
+    def close(self):
+        if self.udp is not None:
+            self.udp.stop(time.monotonic())
+        assert not self._handlers
+        self._epoll.close()
+        assert len(self.port.large.free) == TX_LARGE
+        assert len(self.port.small.free) == TX_SMALL
