@@ -213,10 +213,18 @@ class _Server:
                 username=self.proxy.username or None,
                 password=self.proxy.password or None,
             )
+            # PySocks' own timeout is for one read; a server that drips would keep it for hours.
+            ended = threading.Event()
+            watchdog = threading.Timer(self.timeout, _end, (client, ended))
+            watchdog.start()
             try:
                 client.connect((host, port))
             except socks.ProxyError as error:
+                if ended.is_set():
+                    raise ProbeError(f"CONNECT {where}: no answer in {self.timeout:g} s") from None
                 return self._refusal(where, error)
+            finally:
+                watchdog.cancel()
             return "works", f"CONNECT {where}: connected"
 
     def _refusal(self, where: str, error: socks.ProxyError) -> tuple[Result, str]:
@@ -274,6 +282,14 @@ class _Server:
                 except ConnectionError:
                     raise ProbeError(f"nothing listens at {_shown(relay)}, where the relay should be") from None
         return "works", _dns_answer(answer, query.id, resolver)
+
+
+def _end(client: socket.socket, ended: threading.Event) -> None:
+    ended.set()
+    try:
+        client.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # not connected, or done meanwhile
 
 
 def _reply_code(message: str) -> int | None:
