@@ -1,4 +1,4 @@
-"""Proxies that are away, lie, dawdle or say nothing: bounded in time and memory, counted, and over when they are well."""
+"""Proxies that are away, lie, dawdle or say nothing: bounded in time and memory, counted, and then recovered from."""
 
 import errno
 import socket
