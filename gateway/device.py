@@ -176,7 +176,7 @@ def feature_names(features: int) -> list[str]:
 
 
 def _open_tun(name: str, mtu: int, offloads: bool) -> Device:
-    _check_name(name)
+    check_name(name)
     existed = _exists(name)
     fd = _open_clone()
     flags = _IFF_TUN | _IFF_NO_PI | (_IFF_VNET_HDR if offloads else 0)
@@ -306,7 +306,8 @@ def _why_not(name: str, error: OSError, existed: bool) -> str:
     return f"cannot make the device {name}: {error.strerror}"
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise DeviceError when the kernel would not take the name for a device."""
     octets = len(name.encode())
     if octets > MAX_NAME:
         raise DeviceError(f"the device name {name!r} has {octets} octets, {MAX_NAME} are allowed")
