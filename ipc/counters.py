@@ -21,16 +21,14 @@ class Counters:
         self._names = names
         self._memory = mmap(-1, max(len(names), 1) * COUNTER_SLOTS * 8)
         words_view = memoryview(self._memory).cast("Q")
-        self._blocks = {
-            owner: words_view[i * COUNTER_SLOTS : (i + 1) * COUNTER_SLOTS] for i, owner in enumerate(names)
-        }
+        self._blocks = {owner: words_view[i * COUNTER_SLOTS : (i + 1) * COUNTER_SLOTS] for i, owner in enumerate(names)}
 
     def block(self, owner: str) -> memoryview:
         """Return the words of one owner, to count with: `block[DROPPED] += 1`. One process writes, any may read."""
         return self._blocks[owner]
 
     def snapshot(self) -> dict[str, dict[str, int]]:
-        """Return every counter by owner and name; words are read one by one, so the sum is of one moment only nearly."""
+        """Return every counter by owner and name; words are read one by one, at nearly one moment."""
         return {
             owner: dict(zip(names, self._blocks[owner].tolist(), strict=False)) for owner, names in self._names.items()
         }

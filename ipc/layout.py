@@ -17,7 +17,9 @@ VERSION: Final = 1  #: of this layout; status shows it
 # A frame takes one read of the device: a virtio_net_hdr (10 octets), an IP packet (up to 65,535), and headroom.
 FRAME_SIZE: Final = 68 * 1024  #: octets; whole pages, so that an untouched tail costs nothing
 SMALL_SIZE: Final = 2048  #: octets; ACKs, control segments, small answers
-HEADROOM: Final = 128  #: octets before the payload in a TX frame: virtio_net_hdr 10 + IPv6 40 + TCP 20 + options 40, rounded
+HEADROOM: Final = (
+    128  #: octets before the payload in a TX frame: virtio_net_hdr 10 + IPv6 40 + TCP 20 + options 40, rounded
+)
 LARGE_PAYLOAD: Final = FRAME_SIZE - HEADROOM
 SMALL_PAYLOAD: Final = SMALL_SIZE - HEADROOM
 

@@ -54,11 +54,16 @@ UDP_DATAGRAMS_DOWN: Final = _counter("udp_datagrams_down")
 UDP_IDLE_TIMEOUTS: Final = _counter("udp_idle_timeouts")
 UDP_DROPPED_WAITING: Final = _counter("udp_dropped_waiting")  #: too many datagrams while the association is set up
 UDP_DROPPED_ASSOCIATIONS: Final = _counter("udp_dropped_associations")  #: too many associations
+UDP_DROPPED_DESCRIPTORS: Final = _counter("udp_dropped_descriptors")  #: no file descriptor left
 UDP_DROPPED_SOCKET: Final = _counter("udp_dropped_socket")  #: the socket took no more
 UDP_DROPPED_REFUSED: Final = _counter("udp_dropped_refused")  #: the proxy has no UDP, or refused the association
 UDP_DROPPED_EMPTY: Final = _counter("udp_dropped_empty")
 UDP_DROPPED_FOREIGN: Final = _counter("udp_dropped_foreign")  #: answers that did not come from the proxy's relay
-UDP_DROPPED_BAD_HEADER: Final = _counter("udp_dropped_bad_header")  #: answers without a valid SOCKS header, or with FRAG
+UDP_DROPPED_BAD_HEADER: Final = _counter(
+    "udp_dropped_bad_header"
+)  #: answers without a valid SOCKS header, or with FRAG
+UDP_DROPPED_UNMAPPABLE: Final = _counter("udp_dropped_unmappable")  #: answers from a name, or of the other IP version
+UDP_DROPPED_PROXY_DOWN: Final = _counter("udp_dropped_proxy_down")  #: the proxy is unreachable
 UDP_DROPPED_TOO_BIG: Final = _counter("udp_dropped_too_big")
 UDP_GSO_REFUSED: Final = _counter("udp_gso_refused")  #: sockets whose path takes no UDP_SEGMENT
 

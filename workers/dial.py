@@ -1,0 +1,219 @@
+"""Dial: a SYN that waits until the proxy has connected.
+
+    SYN ─► connect ─► SOCKS handshake ─► Relay, which sends the SYN-ACK
+                 └───────────┴─────────► refused: RST or ICMP, as a host or router would have sent (`REFUSALS`)
+
+Until then nothing is answered: a SYN-ACK would tell health checks and happy eyeballs that every port of the world is
+open. Its state is small: a forged SYN costs a socket, not a connection's buffers.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from typing import TYPE_CHECKING, Final
+
+from workers import counts, icmp
+from workers.relay import RESET_ON_CLOSE, Relay
+from workers.socks.client import SocksHandshake
+from workers.socks.wire import CONNECT, ProtocolError
+from workers.tcp.connection import Connection
+from workers.tcp.segment import RST, Segment
+from workers.wire.tcp import Headers, reply_addresses
+
+if TYPE_CHECKING:
+    from workers.flows import TcpFlows
+
+EVERYTHING: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+ANSWER: Final = 512  #: octets; a SOCKS answer is at most 262, and what a server says first may be right behind it
+RESET: Final = -1  #: a refusal that is an RST
+
+#: REP code (RFC 1928, 6) → what the client is told; others: RST
+REFUSALS: Final = {2: icmp.ADMIN, 3: icmp.NET, 4: icmp.HOST, 5: RESET, 6: icmp.HOST}
+#: the same for direct://, by errno
+REFUSED_ERRNO: Final = {
+    errno.ENETUNREACH: icmp.NET,
+    errno.EHOSTUNREACH: icmp.HOST,
+    errno.EACCES: icmp.ADMIN,
+    errno.EPERM: icmp.ADMIN,
+}
+
+
+class Dial:
+    """A flow whose connection to the proxy does not stand yet."""
+
+    __slots__ = ("_handshake", "_socket", "_syn", "_to_send", "flows", "key", "packet")
+
+    def __init__(self, flows: TcpFlows, key: bytes, syn: Segment, packet: bytes) -> None:
+        """Keep the SYN (the object becomes the dial's) and its packet, which an ICMP error would quote."""
+        self.flows = flows
+        self.key = key
+        self.packet = packet
+        self._syn = syn
+        self._handshake: SocksHandshake | None = None
+        self._socket: socket.socket | None = None
+        self._to_send = b""
+
+    def start(self, now: float) -> None:
+        """Open the socket and begin to connect. OSError: there is no descriptor left; nothing was begun."""
+        flows = self.flows
+        upstream = flows.upstream
+        key = self.key
+        if len(key) == 12:
+            family, host = socket.AF_INET, key[4:8]
+        else:
+            family, host = socket.AF_INET6, key[16:32]
+        port = key[-2] << 8 | key[-1]
+        if upstream.direct:
+            target = (socket.inet_ntop(family, host), port)
+        elif upstream.proxy is None:
+            flows.table[key] = self
+            flows.refuse(self, RESET, now)
+            return
+        else:
+            target = upstream.proxy
+            family = upstream.proxy_family
+            self._handshake = SocksHandshake(CONNECT, host, port, flows.username, flows.password)
+        self._socket = opened = upstream.open(family, socket.SOCK_STREAM)
+        flows.table[key] = self
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = opened.connect_ex(target)
+        if error and error != errno.EINPROGRESS:
+            self._failed(error, now)
+            return
+        flows.watch(opened.fileno(), EVERYTHING, self.connected)
+
+    def segment_arrives(self, seg: Segment, now: float) -> None:
+        """Ignore the SYN that comes again; the client's RST cancels."""
+        if seg.flags & RST and seg.seq in (self._syn.seq, self._syn.seq + 1 & 0xFFFFFFFF):
+            self.flows.count[counts.TCP_RESET_BY_CLIENT] += 1
+            self.cancel()
+
+    def connected(self, mask: int, now: float) -> None:
+        """The first event of the socket: it is connected, or has failed."""
+        opened = self._socket
+        if opened is None:
+            return
+        if mask & (EPOLLERR | EPOLLHUP):
+            self._failed(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET, now)
+            return
+        if not mask & EPOLLOUT:
+            return
+        handshake = self._handshake
+        if handshake is None:
+            self._open(b"", mask, now)
+            return
+        self.flows.upstream.answered()
+        self.flows.handlers[opened.fileno()] = self.answered
+        self._send(handshake.first_bytes, now)
+        if mask & EPOLLIN:
+            self.answered(mask, now)
+
+    def answered(self, mask: int, now: float) -> None:
+        """Bytes of the proxy's answer."""
+        opened = self._socket
+        handshake = self._handshake
+        if opened is None or handshake is None or not mask & ~EPOLLOUT:
+            return
+        while True:
+            try:
+                data = opened.recv(ANSWER)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self.flows.count[counts.PROXY_PROTOCOL_ERRORS] += 1
+                self.flows.refuse(self, RESET, now)
+                return
+            try:
+                message = handshake.receive(data)
+            except ProtocolError as error:
+                self.flows.protocol_error(error)
+                self.flows.refuse(self, RESET, now)
+                return
+            if message:
+                self._send(message, now)
+            if handshake.done:
+                if handshake.reply:
+                    self.flows.refuse(self, REFUSALS.get(handshake.reply, RESET), now)
+                elif self._socket is not None:
+                    # A full buffer: there may be more, and the edge that told of it is spent.
+                    self._open(handshake.surplus, mask | EPOLLIN if len(data) == ANSWER else mask & ~EPOLLIN, now)
+                return
+            if len(data) < ANSWER and not mask & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+                return
+
+    def _send(self, data: bytes, now: float) -> None:
+        """Send a handshake message; a fresh socket takes it whole."""
+        assert self._socket is not None
+        try:
+            whole = self._socket.send(data) == len(data)
+        except OSError:
+            whole = False
+        if not whole:
+            self.flows.count[counts.PROXY_UNREACHABLE] += 1
+            self.flows.refuse(self, RESET, now)
+
+    def _open(self, surplus: bytes, mask: int, now: float) -> None:
+        """Become a relay."""
+        flows = self.flows
+        opened = self._socket
+        assert opened is not None
+        self._socket = None
+        key = self.key
+        syn = self._syn
+        conn = Connection(syn, flows.initial_sequence_number(key, now), flows.mss4 if len(key) == 12 else flows.mss6)
+        headers = Headers(4 if len(key) == 12 else 6, reply_addresses(key), conn.smss, conn.timestamps)
+        relay = Relay(flows, key, conn, headers, opened, now)
+        flows.table[key] = relay
+        flows.handlers[opened.fileno()] = relay.socket_ready
+        relay.begin(surplus, now)
+        if mask & ~EPOLLOUT:
+            relay.socket_ready(mask & ~EPOLLOUT, now)
+
+    def _failed(self, error: int, now: float) -> None:
+        """The connect failed: the target's fault for direct://, else the proxy's."""
+        flows = self.flows
+        if flows.upstream.direct:
+            if error == errno.ETIMEDOUT:
+                flows.count[counts.TCP_CONNECT_TIMEOUTS] += 1
+            flows.refuse(self, REFUSED_ERRNO.get(error, RESET), now)
+            return
+        flows.count[counts.PROXY_UNREACHABLE] += 1
+        flows.upstream.failed(errno_text(error))
+        flows.refuse(self, REFUSED_ERRNO.get(error, RESET), now)
+
+    def timed_out(self, now: float) -> None:
+        """Give up after the connect timeout: silence so far, now RST."""
+        flows = self.flows
+        flows.count[counts.TCP_CONNECT_TIMEOUTS] += 1
+        if self._handshake is None or self._socket is None:
+            pass
+        elif flows.handlers.get(self._socket.fileno()) == self.connected:
+            flows.upstream.failed("no answer to the connection request")
+        flows.refuse(self, RESET, now)
+
+    def abort(self, now: float) -> None:
+        """Refuse with RST: the worker stops."""
+        self.flows.refuse(self, RESET, now)
+
+    def cancel(self) -> None:
+        """Forget the flow and close the socket, without a word to the client."""
+        if self._socket is not None:
+            self.flows.forget_descriptor(self._socket.fileno())
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            self._socket.close()
+            self._socket = None
+        self.flows.remove(self.key, self)
+
+    @property
+    def syn(self) -> Segment:
+        """The SYN that waits."""
+        return self._syn
+
+
+def errno_text(error: int) -> str:
+    """Return the system's words for an errno."""
+    return OSError(error, "").strerror or errno.errorcode.get(error, str(error))

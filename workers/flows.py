@@ -1,0 +1,334 @@
+"""TcpFlows: the flow table of one worker, and what happens to segments before and after they have a flow.
+
+packet4 · packet6 ─► parse ─► table ─► Relay | Dial | TimeWait .segment_arrives
+                               └─ none: a SYN waits for the end of the batch, all else gets RST
+end_of_batch: new flows (bounded), then one pure ACK for each flow that owes one
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from math import inf
+from typing import TYPE_CHECKING, Final, Protocol
+
+from ipc.layout import HEADROOM
+from workers import counts, icmp
+from workers.dial import RESET, Dial
+from workers.public import is_public
+from workers.relay import Relay
+from workers.socks.wire import ProtocolError
+from workers.tcp.connection import Connection
+from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
+from workers.tcp.sequence import HALF, MASK
+from workers.wire import vnet
+from workers.wire.checksum import pseudo_sum, verify
+from workers.wire.tcp import HEADER, USUAL_TIMESTAMPS, Headers, reply_addresses
+
+if TYPE_CHECKING:
+    from workers.worker import Worker
+
+SYNS_A_BREATH: Final = 64  #: new flows of one batch; flows that run come first, a SYN beyond comes again after 1 s
+TIME_WAIT_SECONDS: Final = 60.0  # Linux TCP_TIMEWAIT_LEN; RFC 9293 says 2 × 2 minutes
+MAX_TIME_WAIT: Final = 8192  #: connections in TIME-WAIT of one worker; the oldest goes first
+SWEEP_SECONDS: Final = 15.0  #: between two looks at all flows for idle ones
+MIN_MSS: Final = 88  #: octets; Linux TCP_MIN_MSS: a smaller offer is an attack
+
+
+class Flow(Protocol):
+    """What stands in the flow table."""
+
+    def segment_arrives(self, seg: Segment, now: float) -> None:
+        """Take one segment."""
+
+    def abort(self, now: float) -> None:
+        """End with RST: the worker stops, or something in it broke."""
+
+
+class TimeWait:
+    """A connection in TIME-WAIT: it acknowledges again what comes again."""
+
+    __slots__ = ("conn", "flows", "headers", "key")
+
+    def __init__(self, flows: TcpFlows, key: bytes, conn: Connection, headers: Headers) -> None:
+        self.flows = flows
+        self.key = key
+        self.conn = conn
+        self.headers = headers
+
+    def segment_arrives(self, seg: Segment, now: float) -> None:
+        """Answer what is left of the old connection; a newer SYN begins the next one (RFC 9293, 3.10.7.4; RFC 6191)."""
+        conn = self.conn
+        flows = self.flows
+        if seg.flags & (SYN | ACK | RST) == SYN:
+            newer = (seg.seq - conn.rcv.nxt) & MASK < HALF
+            if conn.timestamps and seg.ts_present:
+                newer = 0 < (seg.ts_val - conn.ts_recent) & MASK < HALF or (newer and seg.ts_val == conn.ts_recent)
+            if newer:
+                flows.remove(self.key, self)
+                flows.begin_again(self.key, seg, now)
+                return
+        conn.segment_arrives(seg, flows.port.rx, now)
+        conn.events = 0
+        while conn.segment_to_send(flows.out, now):
+            flows.transmit(self.headers, flows.out)
+
+    def abort(self, now: float) -> None:
+        """Nothing is left to reset."""
+        self.flows.remove(self.key, self)
+
+
+class TcpFlows:
+    """All TCP flows of one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        settings = worker.settings
+        self.port = worker.port
+        self.count = worker.count
+        self.timers = worker.timers
+        self.upstream = worker.upstream
+        self.icmp = worker.icmp
+        self.handlers = worker.handlers
+        self.watch = worker.watch
+        self.forget_descriptor = worker.forget
+        self._report = worker.report
+        self.username = settings.username
+        self.password = settings.password
+        self.mss4 = settings.mtu - 40
+        self.mss6 = settings.mtu - 60
+        self.table: dict[bytes, Flow] = {}
+        self.out = Segment()  #: filled by each connection in turn
+        self.acks: list[Relay] = []  #: flows that may owe a pure ACK at the end of the batch
+        self.delayed: deque[tuple[float, Relay]] = deque()  #: delayed ACKs; all wait equally long, so in order
+        self.ready: list[Relay] = []  #: sockets that had more than one frame took
+        self.starved: list[Relay] = []  #: sockets that wait for a free frame
+        self._settings = settings
+        self._seg = Segment()
+        self._syns: list[tuple[bytes, bytes, Segment]] = []  # flow, packet, SYN
+        self._pending: deque[tuple[float, Dial]] = deque()  #: by connect deadline, with those that are done
+        self._time_wait: deque[tuple[float, TimeWait]] = deque()
+        self._secret = os.urandom(16)
+        self._sweep_at = inf
+        self._protocol_error = ""
+
+    # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def packet_arrives(self, at: int, transport: int, end: int, version: int, now: float) -> None:
+        """Take a frame with a TCP packet: addresses of its virtio_net_hdr, of its TCP header, and of its end."""
+        rx = self.port.rx
+        seq, ack, bits, wnd, option, ts_val, ts_ecr = HEADER.unpack_from(rx, transport)
+        text_at = transport + (bits >> 10 & 0x3C)
+        if text_at > end or bits < 0x5000:
+            self.count[counts.MALFORMED] += 1
+            return
+        if not rx[at] & vnet.TRUSTED and not self._verify(at, transport, end, version):
+            self.count[counts.BAD_CHECKSUM] += 1
+            return
+        seg = self._seg
+        seg.seq = seq
+        seg.ack = ack
+        seg.flags = bits & 0x3F
+        seg.wnd = wnd
+        seg.len = end - text_at
+        seg.text_at = text_at
+        if option == USUAL_TIMESTAMPS and text_at - transport == 32:
+            seg.ts_present = True
+            seg.ts_val = ts_val
+            seg.ts_ecr = ts_ecr
+        else:
+            seg.parse_options(rx[transport + 20 : text_at])
+        if version == 4:
+            key = (
+                rx[at + 22 : at + 34] if transport == at + 30 else rx[at + 22 : at + 30] + rx[transport : transport + 4]
+            )
+        else:
+            key = rx[at + 18 : at + 50] + rx[transport : transport + 4]
+        flow = self.table.get(key)
+        if flow is not None:
+            flow.segment_arrives(seg, now)
+        elif seg.flags & (SYN | ACK | RST | FIN) == SYN:
+            self._syns.append((key, rx[at + 10 : text_at], seg))
+            self._seg = Segment()
+        else:
+            self.count[counts.TCP_UNKNOWN_FLOW] += 1
+            self.reset_stranger(key, seg)
+
+    def _verify(self, at: int, transport: int, end: int, version: int) -> bool:
+        """Check what nobody has checked: the frame came from a wire."""
+        rx = self.port.rx
+        addresses = rx[at + 22 : at + 30] if version == 4 else rx[at + 18 : at + 50]
+        half = len(addresses) // 2
+        return verify(rx[transport:end], pseudo_sum(addresses[:half], addresses[half:], 6, end - transport))
+
+    def reset_stranger(self, key: bytes, seg: Segment) -> None:
+        """Answer a segment of no connection (RFC 9293, 3.10.7.1): RST, unless it is one itself."""
+        if seg.flags & RST:
+            return
+        out = self.out
+        out.len = 0
+        out.ts_present = False
+        if seg.flags & ACK:
+            out.flags, out.seq, out.ack = RST, seg.ack, 0
+        else:
+            length = seg.len + bool(seg.flags & SYN) + bool(seg.flags & FIN)
+            out.flags, out.seq, out.ack = RST | ACK, 0, (seg.seq + length) & MASK
+        out.wnd = 0
+        self.transmit(Headers(4 if len(key) == 12 else 6, reply_addresses(key), self.mss4, False), out)
+
+    def transmit(self, headers: Headers, out: Segment) -> None:
+        """Send a segment without text."""
+        port = self.port
+        try:
+            end = port.small.take() + HEADROOM
+        except IndexError:
+            self.count[counts.NO_FRAMES] += 1  # lost, as on a link
+            return
+        written = headers.write(port.tx_view, end, out)
+        port.transmit(end - written, written)
+
+    # ── once a breath ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def end_of_batch(self, now: float) -> None:
+        """Begin new flows, and send the one pure ACK of each flow that still owes it."""
+        if self._syns:
+            syns, self._syns = self._syns, []
+            for key, packet, syn in syns[:SYNS_A_BREATH]:
+                if key not in self.table:
+                    self._begin(key, packet, syn, now)
+            if len(syns) > SYNS_A_BREATH:
+                self.count[counts.TCP_SYN_DROPPED_PENDING] += len(syns) - SYNS_A_BREATH
+        if self.acks:
+            for relay in self.acks:
+                relay.ack_at_end_of_batch(now)
+            self.acks.clear()
+
+    def run(self, now: float) -> None:
+        """Go on with sockets that had more to read, and run the queues of timers."""
+        if self.ready:
+            ready, self.ready = self.ready, []
+            for relay in ready:
+                relay.read_again(now)
+        if self.starved and self.port.large.free:
+            starved, self.starved = self.starved, []
+            for relay in starved:
+                relay.read_again(now)
+        delayed = self.delayed
+        while delayed and delayed[0][0] <= now:
+            delayed.popleft()[1].delayed_ack_due(now)
+        pending = self._pending
+        while pending and (pending[0][0] <= now or self.table.get(pending[0][1].key) is not pending[0][1]):
+            dial = pending.popleft()[1]
+            if self.table.get(dial.key) is dial:
+                dial.timed_out(now)
+        waiting = self._time_wait
+        while waiting and (waiting[0][0] <= now or len(waiting) > MAX_TIME_WAIT):
+            if waiting[0][0] > now:
+                self.count[counts.TCP_TIME_WAIT_OVERFLOW] += 1
+            old = waiting.popleft()[1]
+            self.remove(old.key, old)
+        if now >= self._sweep_at:
+            self._sweep(now)
+        count = self.count
+        count[counts.TCP_FLOWS] = len(self.table) - len(waiting)
+        count[counts.TCP_PENDING] = len(pending)
+        count[counts.TCP_TIME_WAIT] = len(waiting)
+
+    @property
+    def next_at(self) -> float:
+        """When run() has something to do; inf: not before the next frame or event."""
+        if self.ready:
+            return 0.0
+        at = self._sweep_at
+        if self.delayed and self.delayed[0][0] < at:
+            at = self.delayed[0][0]
+        if self._pending and self._pending[0][0] < at:
+            at = self._pending[0][0]
+        if self._time_wait and self._time_wait[0][0] + 1.0 < at:  # late by a second: many end in one wakeup
+            at = self._time_wait[0][0] + 1.0
+        return at
+
+    def _sweep(self, now: float) -> None:
+        """Abort the flows that have been idle for too long."""
+        settings = self._settings
+        for flow in list(self.table.values()):
+            if isinstance(flow, Relay):
+                limit = settings.tcp_half_closed_timeout if flow.half_closed else settings.tcp_timeout
+                if now - flow.active_at > limit:
+                    self.count[counts.TCP_IDLE_TIMEOUTS] += 1
+                    flow.abort(now)
+        self._sweep_at = now + SWEEP_SECONDS if self.table else inf
+
+    # ── flows begin and end ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, key: bytes, packet: bytes, syn: Segment, now: float) -> None:
+        """Dial for a SYN, unless it must be refused or dropped."""
+        settings = self._settings
+        if len(self.table) >= settings.max_flows:
+            self.count[counts.TCP_SYN_DROPPED_FLOWS] += 1
+            return
+        if len(self._pending) >= settings.max_pending:
+            self.count[counts.TCP_SYN_DROPPED_PENDING] += 1
+            return
+        destination = key[4:8] if len(key) == 12 else key[16:32]
+        if destination in (settings.own_address4, settings.own_address6):
+            self.reset_stranger(key, syn)  # no service of our own listens
+            return
+        if settings.public_only and not is_public(destination):
+            self.count[counts.NOT_PUBLIC] += 1
+            self.icmp.unreachable(packet, icmp.ADMIN)
+            return
+        if syn.mss:
+            syn.mss = max(syn.mss, MIN_MSS)
+        dial = Dial(self, key, syn, packet)
+        try:
+            dial.start(now)
+        except OSError:
+            self.count[counts.TCP_SYN_DROPPED_DESCRIPTORS] += 1
+            return
+        self._pending.append((now + settings.connect_timeout, dial))
+        if self._sweep_at == inf:
+            self._sweep_at = now + SWEEP_SECONDS
+
+    def begin_again(self, key: bytes, syn: Segment, now: float) -> None:
+        """Begin the next connection of a pair of sockets whose last one was in TIME-WAIT."""
+        copy = Segment()
+        for name in Segment.__slots__:
+            setattr(copy, name, getattr(syn, name))
+        self._begin(key, b"", copy, now)
+
+    def refuse(self, dial: Dial, how: int, now: float) -> None:
+        """Tell the client what a host or router would have told it, and forget the flow."""
+        self.count[counts.TCP_REFUSED] += 1
+        if how == RESET or not dial.packet:
+            self.reset_stranger(dial.key, dial.syn)
+        else:
+            self.icmp.unreachable(dial.packet, how)
+        dial.cancel()
+
+    def protocol_error(self, error: ProtocolError) -> None:
+        """Count what a proxy answered that is not SOCKS, or that refuses us; each kind is reported once in a row."""
+        refused = error.reason in ("method-refused", "password-refused")
+        self.count[counts.PROXY_AUTH_FAILED if refused else counts.PROXY_PROTOCOL_ERRORS] += 1
+        if error.reason != self._protocol_error:
+            self._protocol_error = error.reason
+            self._report({"event": "warning", "text": str(error)})
+
+    def wait(self, relay_key: bytes, conn: Connection, headers: Headers, now: float) -> None:
+        """Put TIME-WAIT in the place of a flow that has ended."""
+        waiting = TimeWait(self, relay_key, conn, headers)
+        self.table[relay_key] = waiting
+        self._time_wait.append((now + TIME_WAIT_SECONDS, waiting))
+
+    def remove(self, key: bytes, flow: Flow) -> None:
+        """Take a flow out of the table, if it is (still) the one that stands there."""
+        if self.table.get(key) is flow:
+            del self.table[key]
+
+    def initial_sequence_number(self, key: bytes, now: float) -> int:
+        """RFC 6528: a clock of 4 µs plus a keyed hash of the 5-tuple (`hash` of bytes is SipHash)."""
+        return (hash((self._secret, key)) + int(now * 250_000)) & MASK
+
+    def stop(self, now: float) -> None:
+        """End all flows; clients and proxies get RST."""
+        for flow in list(self.table.values()):
+            flow.abort(now)

@@ -1,0 +1,473 @@
+"""Relay: one TCP flow ↔ one proxied connection, bytes and back-pressure, both ways.
+
+    client ── segment_arrives ─► connection ── text ─► _deliver ─► socket ─► proxy
+    client ◄─ _output ◄──────── connection ◄─ send ── _read ◄──── socket ◄─ proxy
+
+Up, text goes from the RX frame into the socket; what the socket does not take is copied and waits, and the receive
+window shrinks by it. Down, the socket is read straight into a TX frame, only as much as the windows allow, so that
+nothing waits unsent; the headers are written in front of the payload and the frame is held until it is acknowledged.
+"""
+
+from __future__ import annotations
+
+import socket
+from math import inf
+from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from struct import pack
+from typing import TYPE_CHECKING, Final
+
+from ipc.layout import HEADROOM, SMALL_PAYLOAD, TX_LARGE
+from workers import counts
+from workers.tcp.connection import DELAYED_ACK, Connection
+from workers.tcp.events import (
+    ACKED,
+    AT_END_OF_BATCH,
+    AT_ONCE,
+    DELAYED,
+    ENDED,
+    GAVE_UP,
+    OPENED,
+    REMOTE_CLOSED,
+    RESET,
+    TEXT,
+    UNACCEPTABLE_ACK,
+)
+from workers.tcp.segment import Segment
+from workers.tcp.sequence import MASK
+from workers.tcp.states import SYN_RECEIVED, TIME_WAIT
+from workers.wire.tcp import Headers
+
+if TYPE_CHECKING:
+    from workers.flows import TcpFlows
+
+COPY_LIMIT: Final = 4096  #: octets; so small a payload is copied until it is acknowledged, the frame goes home
+FEW_FRAMES: Final = TX_LARGE // 4  #: with fewer free frames every payload is copied: no flow starves the others
+PROMPT: Final = 16 * 1024  #: octets; a packet as large as this does not wait for the end of the breath
+MAX_PIECES: Final = 64  #: buffers of one sendmsg; IOV_MAX is 1,024
+RESET_ON_CLOSE: Final = pack("ii", 1, 0)  # struct linger: close() sends RST
+
+
+class Relay:
+    """A flow whose connection to the proxy stands."""
+
+    __slots__ = (
+        "_backlog",
+        "_chunks",
+        "_client_closed",
+        "_hup",
+        "_in_acks",
+        "_in_delayed",
+        "_port",
+        "_proxy_closed",
+        "_readable",
+        "_socket",
+        "_wake_at",
+        "active_at",
+        "conn",
+        "fd",
+        "flows",
+        "headers",
+        "key",
+    )
+
+    def __init__(
+        self, flows: TcpFlows, key: bytes, conn: Connection, headers: Headers, connected: socket.socket, now: float
+    ) -> None:
+        """Take over the connected socket, which is non-blocking and watched edge-triggered for everything."""
+        self.flows = flows
+        self.key = key
+        self.conn = conn
+        self.headers = headers
+        self.fd = connected.fileno()
+        self.active_at = now  #: when a segment last arrived or the proxy last sent
+        self._port = flows.port
+        self._socket: socket.socket | None = connected
+        #: (sequence number, octets, held frame or -1, copy if there is no frame), oldest first: all that is not acked
+        self._chunks: list[tuple[int, int, int, bytes]] = []
+        self._backlog: list[bytes] = []  #: text that the socket did not take yet
+        self._readable = False  #: the socket may have something to read
+        self._hup = False  #: it will say end of file, or an error, some day
+        self._client_closed = False  #: the client's FIN was taken
+        self._proxy_closed = False  #: so was the proxy's
+        self._in_acks = False
+        self._in_delayed = False
+        self._wake_at = inf
+
+    @property
+    def half_closed(self) -> bool:
+        """Whether one side has sent its FIN."""
+        return self._client_closed or self._proxy_closed
+
+    # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def segment_arrives(self, seg: Segment, now: float) -> None:
+        """Take one segment of this flow."""
+        conn = self.conn
+        port = self._port
+        self.active_at = now
+        conn.segment_arrives(seg, port.rx, now)
+        joined = conn.take_reassembled() if conn.rcv.pieces is not None else None
+        events = conn.events
+        conn.events = 0
+        if events & TEXT:
+            self._deliver(port.rx_view[seg.text_at : seg.text_at + seg.len], now)
+            if joined:
+                for text in joined:
+                    self._deliver(text, now)
+        if events & ACKED:
+            self._release_acked()
+        if events & ~(TEXT | ACKED) and self._handle(events, seg, now):
+            return
+        if self._readable:
+            self._read(now)
+        if conn.retransmit_due:
+            self.flows.count[counts.TCP_RETRANSMITTED] += 1
+        due = conn.ack_due
+        if due == AT_ONCE or conn.retransmit_due or conn.snd.nxt != conn.snd.end or conn.syn_due:
+            self._output(now)
+        elif due == AT_END_OF_BATCH:
+            if not self._in_acks:
+                self._in_acks = True
+                self.flows.acks.append(self)
+        elif due == DELAYED and not self._in_delayed:
+            self._in_delayed = True
+            self.flows.delayed.append((now + DELAYED_ACK, self))
+        if conn.deadline < self._wake_at:
+            self._arm()
+
+    def _handle(self, events: int, seg: Segment, now: float) -> bool:
+        """Handle what is rare; True: the flow has ended."""
+        if events & UNACCEPTABLE_ACK:
+            self.flows.reset_stranger(self.key, seg)
+        if events & OPENED:
+            self.flows.count[counts.TCP_OPENED] += 1
+        if events & REMOTE_CLOSED:
+            self._client_closed = True
+            if not self._backlog:
+                self._close_towards_proxy()
+        if events & (RESET | GAVE_UP):
+            self.flows.count[counts.TCP_RESET_BY_CLIENT if events & RESET else counts.TCP_RETRANSMIT_TIMEOUTS] += 1
+            self._reset_proxy()
+        if not events & ENDED:
+            return False
+        self._output(now)
+        self._end(now)
+        return True
+
+    def _deliver(self, text: memoryview | bytes, now: float) -> None:
+        """Give text to the proxy; a copy of what it does not take waits."""
+        if self._socket is None:
+            return
+        if not self._backlog:
+            try:
+                taken = self._socket.send(text)
+            except BlockingIOError:
+                taken = 0
+            except OSError:
+                self._proxy_failed(now)
+                return
+            if taken == len(text):
+                return
+            text = text[taken:]
+        self._backlog.append(bytes(text))
+        self.conn.rcv.pending += len(text)
+
+    def ack_at_end_of_batch(self, now: float) -> None:
+        """Send the one pure ACK for all segments of the batch, unless data has carried it."""
+        self._in_acks = False
+        out = self.flows.out
+        if self.conn.ack_to_send(out, now):
+            self._transmit_headers(out)
+
+    def delayed_ack_due(self, now: float) -> None:
+        """Send the ACK that no data has carried."""
+        self._in_delayed = False
+        conn = self.conn
+        if conn.ack_due == DELAYED:
+            due_at = conn.rcv.text_at + DELAYED_ACK
+            if due_at > now:
+                self._in_delayed = True
+                self.flows.delayed.append((due_at, self))
+                return
+            conn.delayed_ack_timeout()
+            self.ack_at_end_of_batch(now)
+
+    # ── from the proxy ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def socket_ready(self, mask: int, now: float) -> None:
+        """Take an edge-triggered event of the socket."""
+        if mask & EPOLLOUT and self._backlog:
+            self._send_backlog(now)
+        if mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            if mask & ~(EPOLLIN | EPOLLOUT):
+                self._hup = True
+            self._readable = True
+            self._read(now)
+
+    def read_again(self, now: float) -> None:
+        """Go on with a socket that had more than one frame took."""
+        if self._readable:
+            self._read(now)
+
+    def begin(self, surplus: bytes, now: float) -> None:
+        """Send the SYN-ACK, and keep what the proxy sent behind its reply as the first text."""
+        if surplus:
+            self._chunks.append((self.conn.snd.end, len(surplus), -1, surplus))
+            self.conn.send(len(surplus))
+        self._output(now)
+
+    def _read(self, now: float) -> None:
+        """Read the socket into one frame, as much as may be sent at once, and send it."""
+        conn = self.conn
+        if self._socket is None or conn.state == SYN_RECEIVED:
+            return
+        room = conn.room()
+        if not room:
+            conn.want_room(now)
+            if conn.deadline < self._wake_at:
+                self._arm()
+            return
+        port = self._port
+        if not port.large.free:
+            self.flows.count[counts.NO_FRAMES] += 1
+            self.flows.starved.append(self)
+            return
+        frame = port.large.take()
+        payload = frame + HEADROOM
+        try:
+            length = self._socket.recv_into(port.tx_view[payload : payload + room])
+        except BlockingIOError:
+            port.large.give(frame)
+            self._readable = False
+            return
+        except OSError:
+            port.large.give(frame)
+            self._proxy_failed(now)
+            return
+        if length == room or (length and self._hup):
+            self.flows.ready.append(self)
+        else:
+            self._readable = False
+        if not length:
+            port.large.give(frame)
+            self._proxy_closed = True
+            conn.close()
+            if self._client_closed and not self._backlog:
+                self._close_socket()
+            self._output(now)
+            return
+        self.active_at = now
+        self._send_fresh(frame, length, now)
+
+    def _send_fresh(self, frame: int, length: int, now: float) -> None:
+        """Send a payload for the first time: its headers stand in front of it, so it is one piece."""
+        conn = self.conn
+        port = self._port
+        out = self.flows.out
+        payload = frame + HEADROOM
+        seq = conn.snd.end
+        conn.send(length)
+        if not conn.segment_to_send(out, now) or out.len != length or out.seq != seq:
+            # Something else went first, or the window allows less: from a copy, at any size.
+            self._chunks.append((seq, length, -1, port.tx[payload : payload + length]))
+            port.large.give(frame)
+            if out.len or out.flags:
+                self._transmit(out)
+            self._output(now)
+            return
+        if length <= COPY_LIMIT or len(port.large.free) < FEW_FRAMES:
+            self._chunks.append((seq, length, -1, port.tx[payload : payload + length]))
+        else:
+            self._chunks.append((seq, length, frame, b""))
+            port.hold(frame)
+        written = self.headers.write(port.tx_view, payload, out)
+        port.transmit(payload - written, written + length)
+        if length >= PROMPT:
+            port.flush()
+        if conn.deadline < self._wake_at:
+            self._arm()
+
+    def _send_backlog(self, now: float) -> None:
+        """Give the proxy what waited for it, and open the window again."""
+        backlog = self._backlog
+        conn = self.conn
+        while backlog and self._socket is not None:
+            try:
+                taken = self._socket.sendmsg(backlog[:MAX_PIECES])
+            except BlockingIOError:
+                break
+            except OSError:
+                self._proxy_failed(now)
+                return
+            conn.rcv.pending -= taken
+            while backlog and taken >= len(backlog[0]):
+                taken -= len(backlog.pop(0))
+            if taken:
+                backlog[0] = backlog[0][taken:]
+        conn.taken_by_proxy()
+        if not backlog and self._client_closed:
+            self._close_towards_proxy()
+        if conn.ack_due == AT_ONCE:
+            self._output(now)
+
+    # ── to the device ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _output(self, now: float) -> None:
+        """Send every segment that is due."""
+        out = self.flows.out
+        conn = self.conn
+        while conn.segment_to_send(out, now):
+            self._transmit(out)
+        if conn.deadline < self._wake_at:
+            self._arm()
+
+    def _transmit(self, out: Segment) -> None:
+        if out.len:
+            self._transmit_again(out)
+        else:
+            self._transmit_headers(out)
+
+    def _transmit_headers(self, out: Segment) -> None:
+        """Send a segment without text."""
+        port = self._port
+        try:
+            frame = port.small.take()
+        except IndexError:
+            self.flows.count[counts.NO_FRAMES] += 1  # lost, as on a link
+            return
+        end = frame + HEADROOM
+        written = self.headers.write(port.tx_view, end, out)
+        port.transmit(end - written, written)
+
+    def _transmit_again(self, out: Segment) -> None:
+        """Send text out of the chunks: headers in a frame of their own, text copied behind them or gathered.
+
+        The first transmission's headers stand in front of the chunk and may still be in the writer's hands.
+        """
+        port = self._port
+        pieces: list[tuple[int, int, bytes]] = []  # (address, octets, copy if there is no frame)
+        at = out.seq
+        left = out.len
+        for seq, length, frame, data in self._chunks:
+            offset = (at - seq) & MASK
+            if offset >= length or not left:
+                continue
+            n = min(length - offset, left)
+            pieces.append((frame + HEADROOM + offset if frame >= 0 else -1, n, data[offset : offset + n]))
+            at = (at + n) & MASK
+            left -= n
+        in_frames = sum(1 for address, _, _ in pieces if address >= 0)
+        gathered = in_frames == 1 and len(pieces) == 1 and out.len > SMALL_PAYLOAD
+        pool = port.small if gathered or out.len <= SMALL_PAYLOAD else port.large
+        try:
+            frame = pool.take()
+        except IndexError:
+            self.flows.count[counts.NO_FRAMES] += 1
+            return
+        end = frame + HEADROOM
+        written = self.headers.write(port.tx_view, end, out)
+        if gathered:
+            port.transmit(end - written, written, more=True)
+            port.transmit(pieces[0][0], out.len)
+            return
+        for address, n, data in pieces:
+            port.tx_view[end : end + n] = data if address < 0 else port.tx_view[address : address + n]
+            end += n
+        port.transmit(frame + HEADROOM - written, written + out.len)
+
+    def _release_acked(self) -> None:
+        """Let go of the chunks that the client has."""
+        chunks = self._chunks
+        una = self.conn.snd.una
+        while chunks:
+            seq, length, frame, _ = chunks[0]
+            if not length <= (una - seq) & MASK < 0x80000000:
+                return
+            if frame >= 0:
+                self._port.unhold(frame)
+            del chunks[0]
+
+    def _copy_held(self) -> None:
+        """Copy what is not acknowledged out of its frames: a client that went away must not keep them."""
+        tx = self._port.tx
+        for i, (seq, length, frame, _) in enumerate(self._chunks):
+            if frame >= 0:
+                at = frame + HEADROOM
+                self._chunks[i] = (seq, length, -1, tx[at : at + length])
+                self._port.unhold(frame)
+
+    # ── the clock ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _arm(self) -> None:
+        self._wake_at = self.conn.deadline
+        self.flows.timers.call_at(self._wake_at, self.wake)
+
+    def wake(self, now: float) -> None:
+        """Run the connection's timers."""
+        if now < self._wake_at:
+            return  # an entry that was overtaken by an earlier one
+        self._wake_at = inf
+        conn = self.conn
+        if conn.deadline <= now:
+            if conn.rto_at <= now:
+                self.flows.count[counts.TCP_RETRANSMITTED] += 1
+                self._copy_held()
+            conn.timeout(now)
+            events = conn.take_events()
+            if events and self._handle(events, self.flows.out, now):
+                return
+            self._output(now)
+        elif conn.deadline < inf:
+            self._arm()
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def abort(self, now: float) -> None:
+        """End the flow with RST both ways."""
+        self._reset_proxy()
+        self.conn.abort()
+        self._output(now)
+        self._end(now)
+
+    def _proxy_failed(self, now: float) -> None:
+        """The proxy's connection broke: its RST becomes ours, never a clean end of stream."""
+        self.flows.count[counts.TCP_RESET_BY_PROXY] += 1
+        self.abort(now)
+
+    def _close_towards_proxy(self) -> None:
+        """Pass the client's FIN on."""
+        if self._socket is None:
+            return
+        if self._proxy_closed:
+            self._close_socket()
+            return
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._readable = self._hup = True  # the read that follows tells why
+
+    def _reset_proxy(self) -> None:
+        if self._socket is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            self._close_socket()
+
+    def _close_socket(self) -> None:
+        if self._socket is not None:
+            self.flows.forget_descriptor(self.fd)
+            self._socket.close()
+            self._socket = None
+            self._readable = False
+            self._backlog.clear()
+
+    def _end(self, now: float) -> None:
+        """Leave the flow table; the client's last words may still need an answer from TIME-WAIT."""
+        self._close_socket()
+        for _, _, frame, _ in self._chunks:
+            if frame >= 0:
+                self._port.unhold(frame)
+        self._chunks.clear()
+        self._wake_at = inf
+        if self.conn.state == TIME_WAIT:
+            self.flows.wait(self.key, self.conn, self.headers, now)
+        else:
+            self.flows.remove(self.key, self)

@@ -1,0 +1,179 @@
+"""SEGMENT ARRIVES, step by step (RFC 9293, 3.10.7.4); the fast path in front of it is Connection.segment_arrives."""
+
+from __future__ import annotations
+
+from mmap import mmap
+from typing import TYPE_CHECKING
+
+from workers.tcp.events import AT_ONCE, OPENED, REMOTE_CLOSED, RESET, UNACCEPTABLE_ACK
+from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
+from workers.tcp.sequence import HALF, MASK
+from workers.tcp.states import (
+    CLOSE_WAIT,
+    CLOSED,
+    CLOSING,
+    ESTABLISHED,
+    FIN_WAIT_1,
+    FIN_WAIT_2,
+    LAST_ACK,
+    SYN_RECEIVED,
+    TIME_WAIT,
+)
+
+if TYPE_CHECKING:
+    from workers.tcp.connection import Connection
+
+RECEIVING = (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2)  #: states in which text and FIN are taken
+
+
+def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> None:
+    """Process one segment; on return `seg.len` is the length of its text that is in order, 0 if none is."""
+    rcv = conn.rcv
+    seg_len = seg.len
+    seg.len = 0
+    if conn.state == CLOSED:
+        return
+    if conn.state == SYN_RECEIVED and seg.flags & (SYN | ACK) == SYN and seg.seq == rcv.irs:
+        conn.syn_due = True  # the SYN again: so is the SYN-ACK
+        return
+
+    # First, check sequence number; before it PAWS (RFC 7323, 5.3, R1).
+    if conn.timestamps and not seg.flags & RST:
+        if not seg.ts_present:
+            return  # RFC 7323, 3.2: once negotiated, a segment without the option is dropped
+        if (seg.ts_val - conn.ts_recent) & MASK >= HALF:
+            conn.ack_due = AT_ONCE
+            return
+    offset = (seg.seq - rcv.nxt) & MASK
+    if not _acceptable(rcv.wnd, offset, seg_len + bool(seg.flags & FIN) + bool(seg.flags & SYN)):
+        if not seg.flags & RST:
+            conn.ack_due = AT_ONCE
+        return
+    if conn.timestamps and seg.ts_present and (offset == 0 or offset >= HALF):
+        conn.ts_recent = seg.ts_val  # R3: the segment covers the last ACK sent
+
+    # Second, check the RST bit; only the exact number resets (RFC 5961, 3.2).
+    if seg.flags & RST:
+        if offset == 0:
+            conn.end(RESET)
+        else:
+            conn.ack_due = AT_ONCE
+        return
+
+    # Fourth, check the SYN bit: a challenge ACK (RFC 5961, 4.2). (Third is security, RFC 9293 keeps the number.)
+    if seg.flags & SYN:
+        conn.ack_due = AT_ONCE
+        return
+
+    # Fifth, check the ACK field.
+    if not seg.flags & ACK or not _ack_arrives(conn, seg, seg_len, now):
+        return
+
+    # Sixth, the URG bit: ignored, urgent text is text (RFC 9293, 3.8.5). Seventh, process the segment text.
+    fin = bool(seg.flags & FIN)
+    if conn.state in RECEIVING:
+        if fin and rcv.fin_at < 0:
+            position = seg_len - (-offset & MASK) if offset >= HALF else offset + seg_len
+            if 0 <= position <= rcv.wnd:
+                rcv.fin_at = rcv.taken + position
+        if seg_len:
+            _text_arrives(conn, seg, seg_len, offset, memory, now)
+        elif offset:
+            conn.ack_due = AT_ONCE
+
+    # Eighth, check the FIN bit: done when the text before it is in order, by the relay after take_reassembled().
+    if fin:
+        conn.ack_due = AT_ONCE
+    if rcv.pieces is None:
+        check_fin(conn)
+
+
+def _acceptable(wnd: int, offset: int, occupied: int) -> bool:
+    """The four cases of RFC 9293, table 6; offset is SEG.SEQ - RCV.NXT modulo 2**32, occupied is SEG.LEN."""
+    if occupied == 0:
+        return offset == 0 or offset < wnd
+    if wnd == 0:
+        return False
+    return offset < wnd or (offset + occupied - 1) & MASK < wnd
+
+
+def _ack_arrives(conn: Connection, seg: Segment, seg_len: int, now: float) -> bool:
+    """Step five; False: the segment is done with."""
+    snd = conn.snd
+    advance = (seg.ack - snd.una) & MASK
+    sent = (snd.max - snd.una) & MASK
+    if conn.state == SYN_RECEIVED:
+        if not 0 < advance <= sent:
+            conn.events |= UNACCEPTABLE_ACK
+            return False
+        conn.enter(ESTABLISHED)
+        conn.events |= OPENED
+        conn.acknowledged(seg, now)
+        conn.update_window(seg)
+        if snd.fin:
+            conn.enter(FIN_WAIT_1)
+        return True
+    if advance > sent:
+        # Older than SND.UNA: ignored if it may be a late duplicate, else challenged, as is one for what was never
+        # sent (RFC 5961, 5.2).
+        behind = (snd.una - seg.ack) & MASK
+        if behind >= HALF or behind > snd.max_wnd:
+            conn.ack_due = AT_ONCE
+            return False
+        return True
+    if advance:
+        conn.acknowledged(seg, now)
+    elif not seg_len and not seg.flags & FIN and sent and seg.wnd << snd.scale == snd.wnd:
+        conn.duplicate_ack()
+    conn.update_window(seg)
+
+    if snd.fin and snd.una == (snd.end + 1) & MASK:
+        if conn.state == FIN_WAIT_1:
+            conn.enter(FIN_WAIT_2)
+        elif conn.state == CLOSING:
+            conn.enter(TIME_WAIT)
+        elif conn.state == LAST_ACK:
+            conn.end(0)
+            return False
+    return True
+
+
+def _text_arrives(conn: Connection, seg: Segment, seg_len: int, offset: int, memory: mmap | bytes, now: float) -> None:
+    """Step seven: trim to the window, leave in `seg` what is in order, keep a copy of what is not."""
+    rcv = conn.rcv
+    at = seg.text_at
+    if offset >= HALF:  # it begins before RCV.NXT
+        skip = -offset & MASK
+        conn.ack_due = AT_ONCE
+        if skip >= seg_len:
+            return
+        at += skip
+        seg_len -= skip
+        offset = 0
+    seg_len = min(seg_len, rcv.wnd - offset)  # it may end behind the window
+    if offset:
+        conn.ack_due = AT_ONCE  # RFC 5681, 4.2: a duplicate ACK tells of the gap
+        rcv.insert(rcv.taken + offset, memory[at : at + seg_len])
+        return
+    if rcv.pieces is not None:
+        conn.ack_due = AT_ONCE  # RFC 5681, 4.2: so does one that fills (a part of) it
+    seg.text_at = at
+    seg.len = seg_len
+    conn.text_in_order(seg, now)
+
+
+def check_fin(conn: Connection) -> None:
+    """Step eight: take the peer's FIN if all text before it was taken."""
+    rcv = conn.rcv
+    if rcv.fin_at != rcv.taken or conn.state not in RECEIVING:
+        return
+    rcv.fin_at = -1
+    rcv.nxt = (rcv.nxt + 1) & MASK
+    conn.ack_due = AT_ONCE
+    conn.events |= REMOTE_CLOSED
+    if conn.state == ESTABLISHED:
+        conn.enter(CLOSE_WAIT)
+    elif conn.state == FIN_WAIT_1:
+        conn.enter(CLOSING)
+    else:
+        conn.enter(TIME_WAIT)

@@ -1,0 +1,419 @@
+"""Connection: one TCP connection towards the device, the passive side (RFC 9293).
+
+    segment_arrives(seg, memory, now)   from the device
+    send · close · abort                from the relay: the RFC's user calls
+    timeout(now)                        from the clock, when `deadline` has come
+    segment_to_send(out, now)           fills `out`, until there is nothing left to send
+    take_events()                       what the relay must know
+
+The connection holds numbers, no payload: the octets that it sends stay with the relay, which knows them by their
+sequence numbers, and text that arrives in order is named in the segment itself (`seg.text_at`, `seg.len`). Only text
+out of order is copied, into the reassembly queue. No I/O, no clock, no randomness, no callbacks.
+"""
+
+from math import inf
+from mmap import mmap
+from typing import Final
+
+from workers.tcp import arrival
+from workers.tcp.congestion import DUPLICATE_ACKS, NewReno
+from workers.tcp.events import (
+    ACKED,
+    AT_END_OF_BATCH,
+    AT_ONCE,
+    DELAYED,
+    ENDED,
+    GAVE_UP,
+    NOT_DUE,
+    TEXT,
+)
+from workers.tcp.receive import ReceiveSpace
+from workers.tcp.rtt import GRANULARITY, RttEstimator
+from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
+from workers.tcp.send import SendSpace
+from workers.tcp.sequence import HALF, MASK
+from workers.tcp.states import (
+    ALLOWED,
+    CLOSE_WAIT,
+    CLOSED,
+    ESTABLISHED,
+    FIN_WAIT_1,
+    LAST_ACK,
+    NAMES,
+    SYN_RECEIVED,
+    TIME_WAIT,
+)
+
+DELAYED_ACK: Final = 0.04  # seconds; Linux TCP_DELACK_MIN
+MAX_RETRIES: Final = 10  # with RTO 0.2 s that is 200 s; RFC 9293, 3.8.3: R2 at least 100 s
+MAX_SYN_RETRIES: Final = 5  # Linux tcp_synack_retries
+DEFAULT_MSS: Final = 536  # RFC 9293, 3.7.1, without the option
+MAX_PACKET: Final = 65535 - 40 - 60  #: text that one packet can carry behind the longest headers
+RECEIVE_BUFFER: Final = 1 << 20  #: octets that may wait for the proxy
+RECEIVE_SCALE: Final = 7  #: the shift that we announce: windows up to 8 MB in steps of 128
+SEND_BUFFER: Final = 4 << 20  #: octets in flight at the most
+MAX_RTT: Final = 120_000  # milliseconds; an echoed timestamp older than that is not ours
+
+
+class Connection:
+    """The state of one connection; made in SYN_RECEIVED, once the proxy is connected and the SYN-ACK may go."""
+
+    __slots__ = (
+        "ack_due",
+        "announced_mss",
+        "congestion",
+        "dup_acks",
+        "events",
+        "persist_at",
+        "pingpong",
+        "probe_due",
+        "rcv",
+        "reset_due",
+        "retransmit_due",
+        "retries",
+        "rto_at",
+        "rtt",
+        "smss",
+        "snd",
+        "state",
+        "syn_due",
+        "timestamps",
+        "ts_recent",
+        "wants_room",
+    )
+
+    def __init__(self, syn: Segment, iss: int, mss: int) -> None:
+        """Take the peer's SYN; `iss` as RFC 6528 says, `mss` what the device's MTU leaves for text (octets)."""
+        self.state = SYN_RECEIVED
+        self.events = 0
+        self.snd = snd = SendSpace(iss)
+        self.rcv = rcv = ReceiveSpace(syn.seq, RECEIVE_BUFFER)
+        self.rtt = RttEstimator()
+        self.announced_mss = mss  #: the MSS option of our SYN-ACK
+        self.timestamps = syn.ts_present  #: RFC 7323: each segment carries the option
+        self.ts_recent = syn.ts_val if syn.ts_present else 0  #: TS.Recent
+        if syn.window_scale >= 0:
+            snd.scale = syn.window_scale
+            rcv.scale = RECEIVE_SCALE
+        snd.wnd = snd.max_wnd = syn.wnd  # the window of a SYN is never scaled (RFC 7323, 2.2)
+        snd.wl1 = syn.seq
+        #: Eff.snd.MSS (RFC 9293, 3.7.1): what the peer takes, less our options
+        self.smss = max(min(syn.mss or DEFAULT_MSS, mss) - (12 if syn.ts_present else 0), 32)
+        self.congestion = NewReno(self.smss)
+        self.ack_due = NOT_DUE
+        self.pingpong = False  #: our data answers theirs soon: ACKs may ride on it
+        self.dup_acks = 0
+        self.retries = 0  #: of the oldest segment in flight
+        self.rto_at = inf  #: when the retransmission timer fires
+        self.persist_at = inf  #: when the next window probe goes out
+        self.wants_room = False  #: the relay has data that the window does not take
+        self.syn_due = True
+        self.reset_due = False
+        self.retransmit_due = False
+        self.probe_due = False
+
+    # ── user calls ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def send(self, octets: int) -> None:
+        """Queue octets that the relay holds, behind all queued before."""
+        self.snd.end = (self.snd.end + octets) & MASK
+
+    def close(self) -> None:
+        """Queue a FIN behind what was queued; the peer may go on sending."""
+        self.snd.fin = True
+        if self.state == ESTABLISHED:
+            self.enter(FIN_WAIT_1)
+        elif self.state == CLOSE_WAIT:
+            self.enter(LAST_ACK)
+
+    def abort(self) -> None:
+        """Send RST and be done."""
+        self.reset_due = True
+        self.enter(CLOSED)
+
+    def room(self) -> int:
+        """Return how many octets the relay may read and send at once; 0 while that would be a silly little."""
+        snd = self.snd
+        in_flight = (snd.end - snd.una) & MASK
+        window = snd.wnd
+        cwnd = self.congestion.cwnd
+        usable = (cwnd if cwnd < window else window) - in_flight
+        if usable >= self.smss:
+            usable = min(usable, MAX_PACKET, SEND_BUFFER - in_flight)
+            return max(usable - usable % self.smss, 0)
+        return usable if usable > 0 and not in_flight else 0
+
+    def want_room(self, now: float) -> None:
+        """Say that data waits for the window: with nothing in flight only a probe finds out when it opens."""
+        self.wants_room = True
+        if self.persist_at == inf and self.snd.una == self.snd.max:
+            self.persist_at = now + self.rtt.rto
+
+    def taken_by_proxy(self) -> None:
+        """See whether what the proxy took (`rcv.pending` fell) opens the window by enough to say so."""
+        rcv = self.rcv
+        edge = (rcv.nxt + rcv.buffer - rcv.pending) & MASK
+        if (edge - rcv.adv + HALF) & MASK >= HALF + min(rcv.buffer // 2, 2 * self.announced_mss):
+            self.ack_due = AT_ONCE
+
+    def take_events(self) -> int:
+        """Return the events since the last call."""
+        events, self.events = self.events, 0
+        return events
+
+    def take_reassembled(self) -> list[bytes]:
+        """Return the text that the segment just arrived has put in order, behind its own; then a FIN may be.
+
+        To be called after each segment while `rcv.pieces` is not None, before take_events().
+        """
+        ready = self.rcv.take_ready()
+        arrival.check_fin(self)
+        return ready
+
+    # ── segments in ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def segment_arrives(self, seg: Segment, memory: mmap | bytes, now: float) -> None:
+        """Process one segment; text out of order is copied from `memory`, text in order is left in `seg`."""
+        rcv = self.rcv
+        snd = self.snd
+        if (
+            self.state == ESTABLISHED
+            and seg.flags & (FIN | SYN | RST | ACK) == ACK
+            and seg.seq == rcv.nxt
+            and rcv.pieces is None
+            and seg.len <= (rcv.adv - rcv.nxt) & MASK
+            and (seg.ack - snd.una) & MASK <= (snd.max - snd.una) & MASK
+            and (seg.ts_present and (seg.ts_val - self.ts_recent) & MASK < HALF) == self.timestamps
+            and (seg.len or seg.ack != snd.una)
+            and rcv.fin_at < 0
+        ):
+            # The fast path: the next segment in order. Same result as the steps (tests/test_tcp_fast_path.py).
+            if self.timestamps:
+                self.ts_recent = seg.ts_val
+            if seg.ack != snd.una:
+                self.acknowledged(seg, now)
+            self.update_window(seg)
+            if seg.len:
+                self.text_in_order(seg, now)
+            return
+        arrival.steps(self, seg, memory, now)
+
+    def acknowledged(self, seg: Segment, now: float) -> None:
+        """SND.UNA < SEG.ACK =< SND.MAX: advance, measure, grow, restart the timer."""
+        snd = self.snd
+        congestion = self.congestion
+        flight_size = (snd.max - snd.una) & MASK
+        octets = (seg.ack - snd.una) & MASK
+        snd.una = una = seg.ack
+        if (snd.nxt - una) & MASK >= HALF:
+            snd.nxt = una
+        self.events |= ACKED
+        self.retries = 0
+        if seg.ts_present and seg.ts_ecr:
+            elapsed = (int(now * 1000) - seg.ts_ecr) & MASK
+            if elapsed < MAX_RTT:
+                self.rtt.sample(elapsed / 1000 or GRANULARITY / 2)
+        if congestion.recovering:
+            if (una - snd.recover) & MASK < HALF:
+                congestion.recovered()
+                self.dup_acks = 0
+            else:
+                congestion.partial(octets)
+                self.retransmit_due = True
+        else:
+            self.dup_acks = 0
+            congestion.acknowledged(octets, flight_size)
+        self.rto_at = inf if una == snd.max else now + self.rtt.rto
+
+    def duplicate_ack(self) -> None:
+        """Count it; the third one in a row retransmits (RFC 5681, 3.2; RFC 6582)."""
+        snd = self.snd
+        self.dup_acks += 1
+        if self.congestion.recovering:
+            self.congestion.duplicate()
+        elif self.dup_acks == DUPLICATE_ACKS and (snd.una - snd.recover) & MASK < HALF:
+            snd.recover = snd.max
+            self.congestion.lost((snd.max - snd.una) & MASK)
+            self.retransmit_due = True
+
+    def update_window(self, seg: Segment) -> None:
+        """Take SEG.WND unless the segment is older than the one that set it (SND.WL1, SND.WL2)."""
+        snd = self.snd
+        newer = (seg.seq - snd.wl1) & MASK
+        if 0 < newer < HALF or (newer == 0 and (seg.ack - snd.wl2) & MASK < HALF):
+            snd.wnd = wnd = seg.wnd << snd.scale
+            snd.wl1 = seg.seq
+            snd.wl2 = seg.ack
+            if wnd > snd.max_wnd:
+                snd.max_wnd = wnd
+            if self.persist_at != inf:
+                self.retries = 0  # the peer answers: it may keep its window shut as long as it likes
+                if wnd:
+                    self.persist_at = inf
+
+    def text_in_order(self, seg: Segment, now: float) -> None:
+        """Advance RCV.NXT over the whole text of seg, and see when the ACK is due."""
+        rcv = self.rcv
+        rcv.nxt = (rcv.nxt + seg.len) & MASK
+        rcv.taken += seg.len
+        rcv.unacked += seg.len
+        rcv.text_at = now
+        self.events |= TEXT
+        if self.ack_due < AT_END_OF_BATCH:
+            self.ack_due = DELAYED if self.pingpong and rcv.unacked < 2 * self.announced_mss else AT_END_OF_BATCH
+
+    def enter(self, state: int) -> None:
+        """Change the state: the one door, which knows what RFC 9293 allows."""
+        if state not in ALLOWED[self.state]:
+            raise AssertionError(f"{NAMES[self.state]} to {NAMES[state]} is no transition of RFC 9293")
+        self.state = state
+        if state in (CLOSED, TIME_WAIT):
+            self.rto_at = self.persist_at = inf
+            self.events |= ENDED
+
+    def end(self, event: int) -> None:
+        """Enter CLOSED and say why."""
+        self.enter(CLOSED)
+        self.ack_due = NOT_DUE
+        self.events |= event
+
+    # ── the clock ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def deadline(self) -> float:
+        """When timeout() wants to be called; inf: never."""
+        return self.rto_at if self.rto_at < self.persist_at else self.persist_at
+
+    def timeout(self, now: float) -> None:
+        """Do what is due: retransmit (RFC 6298, 5.4–5.7) or probe a closed window (RFC 9293, 3.8.6.1)."""
+        snd = self.snd
+        if now < self.deadline:
+            return
+        self.retries += 1
+        if self.retries > (MAX_SYN_RETRIES if self.state == SYN_RECEIVED else MAX_RETRIES):
+            self.reset_due = True
+            self.end(GAVE_UP)
+            return
+        if now >= self.persist_at:
+            self.probe_due = True
+            self.rtt.back_off()
+            self.persist_at = now + self.rtt.rto
+            return
+        if self.retries == 1:
+            self.congestion.timed_out((snd.max - snd.una) & MASK)
+        self.rtt.back_off()
+        self.rto_at = now + self.rtt.rto
+        self.dup_acks = 0
+        snd.recover = snd.max
+        if self.state == SYN_RECEIVED:
+            self.syn_due = True
+        else:
+            snd.nxt = snd.una
+            self.retransmit_due = True
+
+    def delayed_ack_timeout(self) -> None:
+        """Send the ACK that waited in vain for data to ride on; the next one does not wait."""
+        if self.ack_due == DELAYED:
+            self.ack_due = AT_END_OF_BATCH
+            self.pingpong = False
+
+    # ── segments out ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def segment_to_send(self, out: Segment, now: float) -> bool:
+        """Fill `out` with the next segment that is due; False: there is none.
+
+        `out.len` octets of text from sequence number `out.seq` on belong behind the headers; the relay has them.
+        A pure ACK is due here only when it is so at once: see `ack_to_send`.
+        """
+        snd = self.snd
+        state = self.state
+        if self.reset_due:
+            self.reset_due = False
+            self._fill(out, RST | ACK, snd.max, 0, now)
+            return True
+        if state in (SYN_RECEIVED, CLOSED):
+            return self._syn_to_send(out, now) if self.syn_due else False
+        if self.retransmit_due:
+            self.retransmit_due = False
+            if snd.una != snd.max:
+                length = min((snd.end - snd.una) & MASK, self.smss)
+                fin = snd.fin and (snd.una + length) & MASK == snd.end
+                self._fill(out, FIN | ACK if fin else ACK, snd.una, length, now)
+                if snd.nxt == snd.una:
+                    snd.nxt = (snd.una + length + fin) & MASK
+                return True
+        if snd.nxt != (snd.end + snd.fin) & MASK and self._text_to_send(out, now):
+            return True
+        if self.probe_due:
+            # A segment just before the window, without text: whoever gets it must answer (RFC 9293, 3.10.7.4, first).
+            self.probe_due = False
+            self._fill(out, ACK, (snd.una - 1) & MASK, 0, now)
+            return True
+        return self.ack_due == AT_ONCE and self.ack_to_send(out, now)
+
+    def ack_to_send(self, out: Segment, now: float) -> bool:
+        """Fill `out` with the pure ACK that is due at the end of the batch or at once; False: none is."""
+        if self.ack_due < AT_END_OF_BATCH:
+            return False
+        self._fill(out, ACK, self.snd.nxt, 0, now)
+        return True
+
+    def _syn_to_send(self, out: Segment, now: float) -> bool:
+        snd = self.snd
+        self.syn_due = False
+        snd.nxt = snd.max = (snd.iss + 1) & MASK
+        if self.rto_at == inf:
+            self.rto_at = now + self.rtt.rto
+        self._fill(out, SYN | ACK, snd.iss, 0, now)
+        out.wnd = min(self.rcv.buffer, 65535)  # never scaled in a SYN (RFC 7323, 2.2)
+        out.mss = self.announced_mss
+        out.window_scale = self.rcv.scale or -1
+        return True
+
+    def _text_to_send(self, out: Segment, now: float) -> bool:
+        """Fill `out` with the next text, and the FIN behind it, as far as both windows allow."""
+        snd = self.snd
+        queued = (snd.end - snd.nxt) & MASK
+        in_flight = (snd.nxt - snd.una) & MASK
+        window = min(snd.wnd, self.congestion.cwnd)
+        length = min(queued, window - in_flight, MAX_PACKET)
+        if length < queued:
+            if length >= self.smss:
+                length -= length % self.smss
+            elif length <= 0 or in_flight:  # silly window avoidance (RFC 9293, 3.8.6.2.1)
+                if not in_flight and self.persist_at == inf:
+                    self.persist_at = now + self.rtt.rto
+                return False
+        flags = ACK
+        if length == queued:
+            flags = ACK | FIN | PSH if snd.fin else ACK | PSH
+        if length and now - self.rcv.text_at < DELAYED_ACK:
+            self.pingpong = True
+        self._fill(out, flags, snd.nxt, length, now)
+        snd.nxt = nxt = (snd.nxt + length + (flags & FIN)) & MASK
+        if (nxt - snd.max) & MASK < HALF:
+            snd.max = nxt
+        if self.rto_at == inf:
+            self.rto_at = now + self.rtt.rto
+        return True
+
+    def _fill(self, out: Segment, flags: int, seq: int, length: int, now: float) -> None:
+        rcv = self.rcv
+        out.flags = flags
+        out.seq = seq
+        out.len = length
+        out.ack = rcv.nxt
+        # The right edge moves only by steps that are worth an ACK (RFC 9293, 3.8.6.2.2), and never back.
+        ahead = (rcv.nxt + rcv.buffer - rcv.pending - rcv.adv) & MASK
+        if 2 * self.announced_mss <= ahead < HALF:
+            rcv.adv = (rcv.adv + ahead) & MASK
+        wnd = ((rcv.adv - rcv.nxt) & MASK) >> rcv.scale
+        out.wnd = wnd if wnd < 65536 else 65535
+        if self.timestamps:
+            out.ts_present = True
+            out.ts_val = int(now * 1000) & MASK
+            out.ts_ecr = self.ts_recent
+        else:
+            out.ts_present = False
+        self.ack_due = NOT_DUE
+        rcv.unacked = 0

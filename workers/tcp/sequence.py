@@ -1,0 +1,19 @@
+"""Sequence numbers: arithmetic modulo 2**32 (RFC 9293, 3.4).
+
+Compare distances, not orders: `(b - a) & MASK` is how far b stands after a; below HALF it is at or after a.
+"""
+
+from typing import Final
+
+MASK: Final = 0xFFFFFFFF
+HALF: Final = 0x80000000
+
+
+def before(a: int, b: int) -> bool:
+    """Say whether a stands before b on the circle."""
+    return (a - b) & MASK >= HALF
+
+
+def at_or_before(a: int, b: int) -> bool:
+    """Say whether a is b or stands before it."""
+    return (b - a) & MASK < HALF

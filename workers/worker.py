@@ -1,0 +1,227 @@
+"""Worker: one shard: what becomes of its frames, its sockets and its timers.
+
+One breath: wait for something; frames in; sockets; timers; what the batch owes (ACKs, new flows, gathered datagrams);
+frames out, with one system call.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from math import inf
+from select import EPOLLIN, epoll
+from typing import Final
+
+from ipc.channel import Channel, ChannelClosed, Message
+from ipc.layout import ADDRESS_MASK, LENGTH_SHIFT
+from workers import counts
+from workers.flows import TcpFlows
+from workers.icmp import Icmp
+from workers.port import Port, RingPort
+from workers.settings import Settings
+from workers.timers import Timers
+from workers.udp import Udp
+from workers.upstream import Upstream
+from workers.wire import ip, vnet
+
+log = logging.getLogger("ringway")
+
+Handler = Callable[[int, float], None]
+
+MAX_EVENTS: Final = 256  #: of one breath
+MIN_FRAME: Final = vnet.SIZE + 28  #: octets; IPv4 and the shortest transport header
+
+
+class Worker:
+    """Everything of one shard. One process, one thread."""
+
+    def __init__(self, port: Port, settings: Settings, count: memoryview, channel: Channel) -> None:
+        self.port = port
+        self.settings = settings
+        self.count = count
+        self.timers = Timers()
+        self.handlers: dict[int, Handler] = {}
+        self._epoll = epoll()
+        self._channel = channel
+        self._stopping = False
+        self._logged_error = False
+        self.upstream = Upstream(settings, self.report)
+        self.icmp = Icmp(self)
+        self.tcp = TcpFlows(self)
+        self.udp = Udp(self)
+        self.watch(port.fileno(), EPOLLIN, self._frames_wait)
+        self.watch(channel.fileno(), EPOLLIN, self._told)
+
+    # ── what the parts of a worker call ─────────────────────────────────────────────────────────────────────────
+
+    def watch(self, fd: int, mask: int, handler: Handler) -> None:
+        """Call handler(mask, now) at each event of a descriptor."""
+        self._epoll.register(fd, mask)
+        self.handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        """End watch()."""
+        del self.handlers[fd]
+        self._epoll.unregister(fd)
+
+    def forget(self, fd: int) -> None:
+        """End watch() for a descriptor that is closed right after: the kernel takes it out of the epoll set."""
+        self.handlers.pop(fd, None)
+
+    def report(self, message: Message) -> None:
+        """Tell the supervisor; if it does not listen, the message is lost."""
+        try:
+            self._channel.send(message)
+        except (ChannelClosed, BlockingIOError):
+            pass
+
+    # ── the loop ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        """Breathe until told to stop."""
+        monotonic = time.monotonic
+        poll = self._epoll.poll
+        handlers = self.handlers
+        timers = self.timers
+        tcp = self.tcp
+        port = self.port
+        count = self.count
+        busy_poll = self.settings.busy_poll
+        looked_again = True
+        now = monotonic()
+        self.report({"event": "ready"})
+        while not self._stopping:
+            # Who was just busy looks once more before it sleeps: a wakeup costs more than a system call.
+            next_at = min(tcp.next_at, timers.next_at)
+            if not looked_again or next_at <= now:
+                events = poll(0, MAX_EVENTS)
+                if not events and busy_poll:
+                    events = self._busy_poll(now + busy_poll)
+            else:
+                events = poll(None if next_at == inf else max(next_at - now, 0.001), MAX_EVENTS)
+            looked_again = not events
+            now = monotonic()
+            for fd, mask in events:
+                handler = handlers.get(fd)
+                if handler is None:
+                    continue  # closed earlier in this breath
+                try:
+                    handler(mask, now)
+                except Exception:
+                    self._broken(fd)
+            if timers.next_at <= now:
+                timers.run(now)
+            tcp.run(now)
+            port.flush()
+            if port.packets:
+                count[counts.FRAMES_TO_DEVICE] += port.packets
+                count[counts.BYTES_TO_DEVICE] += port.octets - vnet.SIZE * port.packets
+                port.packets = port.octets = 0
+        tcp.stop(now)
+        self.udp.stop(now)
+        port.flush()
+
+    def _busy_poll(self, until: float) -> list[tuple[int, int]]:
+        while True:
+            events = self._epoll.poll(0, MAX_EVENTS)
+            if events or time.monotonic() >= until:
+                return events
+
+    def _frames_wait(self, mask: int, now: float) -> None:
+        """Take all frames that wait, then do what the batch owes."""
+        descriptors = self.port.frames()
+        rx = self.port.rx
+        unpack = ip.HEADER4.unpack_from
+        tcp_arrives = self.tcp.packet_arrives
+        udp_arrives = self.udp.frame_arrives
+        octets = 0
+        for descriptor in descriptors:
+            at = descriptor & ADDRESS_MASK
+            length = descriptor >> LENGTH_SHIFT
+            octets += length
+            flags, first, total, fragment, protocol = unpack(rx, at)
+            try:
+                if (
+                    first == 0x45
+                    and flags & vnet.TRUSTED
+                    and 28 <= total <= length - vnet.SIZE
+                    and not fragment & ip.IS_FRAGMENT
+                ):
+                    end = at + vnet.SIZE + total
+                    if protocol == ip.TCP:
+                        tcp_arrives(at, at + 30, end, 4, now)
+                        continue
+                    if protocol == ip.UDP:
+                        udp_arrives(at, at + 30, end, 4, now)
+                        continue
+                self._other_arrives(at, length, now)
+            except Exception:
+                self._broken(-1)
+        count = self.count
+        count[counts.FRAMES_FROM_DEVICE] += len(descriptors)
+        count[counts.BYTES_FROM_DEVICE] += octets - vnet.SIZE * len(descriptors)
+        self.udp.end_of_batch(now)
+        self.tcp.end_of_batch(now)
+        self.port.release(descriptors)
+
+    def _other_arrives(self, at: int, length: int, now: float) -> None:
+        """Take a frame that is not the usual IPv4."""
+        count = self.count
+        if length < MIN_FRAME:
+            count[counts.MALFORMED] += 1
+            return
+        protocol, transport, end, version = ip.locate(self.port.rx, at, length)
+        if protocol == ip.TCP:
+            self.tcp.packet_arrives(at, transport, end, version, now)
+        elif protocol == ip.UDP:
+            self.udp.frame_arrives(at, transport, end, version, now)
+        elif protocol == (ip.ICMP if version == 4 else ip.ICMPV6):
+            self.icmp.frame_arrives(at, transport, end, version, now)
+        elif protocol == ip.FRAGMENT:
+            count[counts.FRAGMENTS] += 1
+        elif protocol == ip.BAD_CHECKSUM:
+            count[counts.BAD_CHECKSUM] += 1
+        elif protocol == ip.MALFORMED:
+            count[counts.MALFORMED] += 1
+        else:
+            count[counts.UNKNOWN_PROTOCOL] += 1
+
+    def _broken(self, fd: int) -> None:
+        """An exception of our own: count it, log the first, and close what raised it; the others go on."""
+        self.count[counts.INTERNAL_ERRORS] += 1
+        if not self._logged_error:
+            self._logged_error = True
+            log.exception("a flow was ended by an error in Ringway; please report it (further ones are only counted)")
+        if fd >= 0 and fd in self.handlers and fd not in (self.port.fileno(), self._channel.fileno()):
+            self.unwatch(fd)
+
+    def _told(self, mask: int, now: float) -> None:
+        """Do what the supervisor says."""
+        try:
+            message = self._channel.receive()
+        except ChannelClosed:
+            self._stopping = True
+            return
+        if message is None:
+            return
+        do = message["do"]
+        port = self.port
+        if do == "stop":
+            self._stopping = True
+        elif do == "proxy-addresses":
+            self.upstream.use_addresses([(host, number) for host, number in message["addresses"]])
+        elif isinstance(port, RingPort):
+            if do == "drop-reader":
+                port.drop_reader()
+            elif do == "drop-writer":
+                port.drop_writer()
+            elif do == "add-writer":
+                port.add_writer()
+            if do.startswith("drop-"):
+                self.report({"done": do})
+
+
+def worker_main(port: Port, settings: Settings, count: memoryview, channel: Channel) -> None:
+    """Run a worker until the supervisor says stop, or is gone."""
+    Worker(port, settings, count, channel).run()
