@@ -79,9 +79,9 @@ def _print_tables(path: Path, status: dict[str, Any], speed: dict[str, float]) -
         processes.add_row(
             escape(str(one.get("role", "?"))),
             "" if shard is None else str(shard),
-            str(one.get("pid", "")),
+            str(one.get("pid") or ""),
             escape(str(one.get("state", ""))),
-            str(one.get("restarts", 0)),
+            str(one.get("restarts") or 0),
             f"{one.get('cpu_seconds') or 0:.1f}",
             _bytes(one["pss"]) if one.get("pss") else "",
         )
