@@ -106,7 +106,8 @@ class TcpFlows:
         self._seg = Segment()
         self._syns: list[tuple[bytes, bytes, Segment]] = []  # flow, packet, SYN
         self._pending: deque[tuple[float, Dial]] = deque()  #: by connect deadline, with those that are done
-        self._time_wait: deque[tuple[float, TimeWait]] = deque()
+        self._time_wait: deque[tuple[float, TimeWait]] = deque()  #: by end, with those that were replaced
+        self._waiting = 0  #: flows of the table that are in TIME-WAIT
         self._secret = os.urandom(16)
         self._sweep_at = inf
         self._protocol_error = ""
@@ -229,9 +230,9 @@ class TcpFlows:
         if now >= self._sweep_at:
             self._sweep(now)
         count = self.count
-        count[counts.TCP_FLOWS] = len(self.table) - len(waiting)
+        count[counts.TCP_FLOWS] = len(self.table) - self._waiting
         count[counts.TCP_PENDING] = len(pending)
-        count[counts.TCP_TIME_WAIT] = len(waiting)
+        count[counts.TCP_TIME_WAIT] = self._waiting
 
     @property
     def next_at(self) -> float:
@@ -317,12 +318,15 @@ class TcpFlows:
         """Put TIME-WAIT in the place of a flow that has ended."""
         waiting = TimeWait(self, relay_key, conn, headers)
         self.table[relay_key] = waiting
+        self._waiting += 1
         self._time_wait.append((now + TIME_WAIT_SECONDS, waiting))
 
     def remove(self, key: bytes, flow: Flow) -> None:
         """Take a flow out of the table, if it is (still) the one that stands there."""
         if self.table.get(key) is flow:
             del self.table[key]
+            if isinstance(flow, TimeWait):
+                self._waiting -= 1
 
     def initial_sequence_number(self, key: bytes, now: float) -> int:
         """RFC 6528: a clock of 4 µs plus a keyed hash of the 5-tuple (`hash` of bytes is SipHash)."""
