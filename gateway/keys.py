@@ -192,7 +192,7 @@ def _mask(raw: object, text: bool) -> str:
 def _addresses(raw: object, text: bool) -> list[str]:
     if isinstance(raw, str):
         raw = [part for part in raw.split(",") if part.strip()]
-    if not isinstance(raw, list):
+    if not isinstance(raw, (list, tuple)):
         raise ValueError
     return [str(ipaddress.ip_address(_plain(one))) for one in raw]
 

@@ -21,13 +21,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not peers.required() or reporter is None:
         return
-    missing = sorted(
-        {
-            str(report.longrepr[2])
-            for report in reporter.stats.get("skipped", [])
-            if isinstance(report.longrepr, tuple) and ("peer" in report.keywords or "netns" in report.keywords)
-        }
-    )
+    reasons = {
+        str(report.longrepr[2]) for report in reporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)
+    }
+    missing = sorted(reason for reason in reasons if "not installed" in reason)
     if missing and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         reporter.write_line(f"RINGWAY_REQUIRE_PEERS is set, and tests were skipped: {'; '.join(missing)}", red=True)
