@@ -78,6 +78,7 @@ class Server:
         self._sockets: dict[int, socket.socket] = {}
         self._closing: list[socket.socket] = []
         self._deadlines: dict[Waiting, float] = {}
+        self._tick = min(TICK, handshake_timeout, connect_timeout, bind_timeout)
         self._next_tick = 0.0
         self._paused = False  #: not accepting, for want of descriptors
         self._stopping = False
@@ -123,26 +124,26 @@ class Server:
 
     def _breathe(self) -> None:
         handlers = self.poller.handlers
-        for fd, events in self.poller.wait(TICK if self._deadlines or self._paused else None):
+        for fd, events in self.poller.wait(self._tick if self._deadlines or self._paused else None):
             handler = handlers.get(fd)
             if handler:
                 try:
                     handler(events)
                 except Exception:
                     self._bury(fd)
+        if self._deadlines or self._paused:
+            self._look_at_the_clock(time.monotonic())
         if self._closing:
             for sock in self._closing:
                 sock.close()
             self._closing.clear()
             if self._paused:
                 self._pause(False)
-        if self._deadlines or self._paused:
-            self._look_at_the_clock(time.monotonic())
 
     def _look_at_the_clock(self, now: float) -> None:
         if now < self._next_tick:
             return
-        self._next_tick = now + TICK
+        self._next_tick = now + self._tick
         for waiting in [waiting for waiting, due_at in self._deadlines.items() if due_at <= now]:
             self._deadlines.pop(waiting, None)
             waiting.expire()
@@ -174,8 +175,9 @@ class Server:
     def _pause(self, pause: bool) -> None:
         """Stop accepting while there is no room for another client, else the full queue would be reported for ever."""
         if pause and not self._paused:
+            if not self.counters["accept-paused"]:  # once; from then on it is only counted
+                log.warning("out of descriptors or memory with %d sockets open: new clients wait", len(self._sockets))
             self.counters["accept-paused"] += 1
-            log.warning("out of descriptors or memory with %d sockets open: new clients wait", len(self._sockets))
         self._paused = pause
         self.poller.change(self._listener.fileno(), 0 if pause else READ)
 

@@ -117,7 +117,8 @@ class Association:
                 break
             except OSError:
                 continue  # an ICMP error that an earlier send brought about
-            if count < 0:
+            if count <= 0:
+                self._server.counters["datagram-stranger" if count else "datagram-malformed"] += 1
                 continue
             end = at + count
             while at < end:
@@ -147,9 +148,8 @@ class Association:
             count, source = self._relay.recvfrom_into(into)
             segment = count
         if self._settled != 2 and not self._is_client(source):
-            self._server.counters["datagram-stranger"] += 1
             return -1, 0
-        return count, segment or 1
+        return count, segment
 
     def _is_client(self, source: SocketAddress) -> bool:
         """Judge the source of a datagram: the control connection's host, and from the first on, its port."""
@@ -342,7 +342,8 @@ class Association:
         if gone:
             self._settled = -1
             self._lookups.clear()
-            for sock in (self._control, self._relay, *self._egress.values()):
+            # The control connection last: once the client sees its end, the relay is no more.
+            for sock in (self._relay, *self._egress.values(), self._control):
                 if sock:
                     self._server.close(sock)
 
