@@ -198,6 +198,23 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == f"ringway {__version__}\n"
 
 
+def test_nobody_reads_on() -> None:
+    """`ringway … | head` is no error, and says nothing."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gateway", "run", "--help"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_run_imports_nothing_that_prints() -> None:
     """The daemon is forked from what `run` imported: neither rich nor a probe's libraries may be in it."""
     program = (

@@ -6,6 +6,7 @@ A subcommand NAME is the object `command` of the module `gateway.cli.NAME`.
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -69,6 +70,7 @@ def execute(arguments: Sequence[str]) -> int:
     """Run the command line on `arguments` (without the program's name); errors are one line on standard error."""
     try:
         outcome = cli.main(list(arguments), prog_name="ringway", standalone_mode=False)
+        sys.stdout.flush()
     except ConfigError as error:
         return complain(str(error))
     except click.ClickException as error:
@@ -77,8 +79,8 @@ def execute(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:
-        # `ringway status | head`: nobody reads on, which is no error; Python must not try to flush again at exit.
-        sys.stdout = None
+        # `ringway status | head`: nobody reads on, which is no error; Python flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return outcome if isinstance(outcome, int) else 0
 
