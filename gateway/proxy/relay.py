@@ -8,6 +8,7 @@ from then on splice(2) moves page references. A pipe is borrowed for one round a
 other side does not keep up holds one. An End that could not pass everything on stops reading until it has.
 """
 
+import fcntl
 import os
 import socket
 import struct
@@ -36,8 +37,6 @@ class Pipe:
         self.read_fd, self.write_fd = os.pipe()
         self.held = 0  #: bytes in it
         if sys.platform == "linux":
-            import fcntl
-
             os.set_blocking(self.read_fd, False)
             os.set_blocking(self.write_fd, False)
             try:

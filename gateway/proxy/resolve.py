@@ -1,5 +1,6 @@
 """Names to addresses without holding up the loop: getaddrinfo in a few threads, answers handed out by the loop."""
 
+import encodings.idna  # noqa: F401  getaddrinfo's; imported before rights are dropped: later it might not be readable
 import queue
 import socket
 import threading
