@@ -2,6 +2,8 @@
 
 What happens when P dies, with N for each neighbour (a process at the other end of one of its rings):
 
+    0. What P left in its rings is emptied: a dead process adds nothing more, so N, who learns of it only in step 1,
+       finds nothing to take after it has let go.
     1. N lives: it is told to drop P, and confirms. N is dead as well: nothing to tell, its successor is told in step 3.
     2. All have confirmed and the back-off is over: the rings of P are emptied, and its successor is forked.
     3. The successor is told to drop every neighbour that is dead by now; that one is forked only when it has confirmed.
@@ -51,8 +53,8 @@ class ProcessTree:
     ) -> None:
         """Keep `processes`, in the order in which they stop.
 
-        `fork` forks the child for a place; `clear` empties what a dead child left (its rings and gauges), before
-        that; `on_ready` is called once, when all have been ready; `on_event` for every event but "ready" and "failed".
+        `fork` forks the child for a place; `clear` empties what a dead child left (its rings and gauges), at its death
+        and again before that; `on_ready` is called once, when all have been ready; `on_event` for every event but "ready" and "failed".
         """
         self.processes = processes
         self._loop = loop
@@ -215,6 +217,7 @@ class ProcessTree:
         level = logging.ERROR if process.reason else logging.WARNING
         again = f"in {delay:g} s" if delay else "at once"
         log.log(level, "%s (pid %d) %s%s; starting it again %s", process.label, pid, how, why, again)
+        self._clear(process)
         for other in process.neighbours(self.processes):
             if other.child is not None and process not in other.dropped:
                 self._drop(process, other)

@@ -195,9 +195,10 @@ def test_a_dead_worker_is_let_go_of_emptied_and_replaced(make, caplog):
     added = {"do": "add-shard", "shard": 1}
     tree.run_until(lambda: tree.has(("reader", added), ("writer", added)))
     dropped = {"do": "drop-shard", "shard": 1}
-    assert sorted(tree.log[:2]) == [("reader", dropped), ("writer", dropped)]
-    assert tree.log[2:4] == [("clear", "worker 1"), ("fork", "worker 1")]
-    assert sorted(tree.log[4:]) == [("reader", added), ("writer", added)]
+    assert tree.log[0] == ("clear", "worker 1")
+    assert sorted(tree.log[1:3]) == [("reader", dropped), ("writer", dropped)]
+    assert tree.log[3:5] == [("clear", "worker 1"), ("fork", "worker 1")]
+    assert sorted(tree.log[5:]) == [("reader", added), ("writer", added)]
     assert tree.runs_again("worker 1", pid)
     assert [process.restarts for process in tree.processes] == [0, 0, 1, 0]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -213,13 +214,14 @@ def test_a_dead_reader_or_writer_is_let_go_of_by_all_workers(make, label):
     added = {"do": f"add-{label}"}
     tree.run_until(lambda: tree.has(("worker 0", added), ("worker 1", added)))
     dropped = {"do": f"drop-{label}"}
-    assert sorted(tree.log[:2]) == [("worker 0", dropped), ("worker 1", dropped)]
-    assert tree.log[2:4] == [("clear", label), ("fork", label)]
-    assert sorted(tree.log[4:]) == [("worker 0", added), ("worker 1", added)]
+    assert tree.log[0] == ("clear", label)
+    assert sorted(tree.log[1:3]) == [("worker 0", dropped), ("worker 1", dropped)]
+    assert tree.log[3:5] == [("clear", label), ("fork", label)]
+    assert sorted(tree.log[5:]) == [("worker 0", added), ("worker 1", added)]
 
 
 def test_neighbours_that_die_together_never_share_a_ring_that_is_emptied_later(make):
-    """Whenever a place is cleared, each neighbour has been told to let go by then, or does not run."""
+    """Whenever a successor is forked, each neighbour has been told to let go by then, or does not run."""
     tree = make()
     tree.start()
     tree.log.clear()
@@ -229,11 +231,12 @@ def test_neighbours_that_die_together_never_share_a_ring_that_is_emptied_later(m
     dropped: set[tuple[str, str]] = set()
     for label, what in tree.log:
         if label == "fork":
+            for neighbour in tree.by_label[what].neighbours(tree.processes):
+                assert neighbour.label not in runs or (neighbour.label, what) in dropped, tree.log
             runs.add(what)
             dropped = {(who, of) for who, of in dropped if who != what}
         elif label == "clear":
-            for neighbour in tree.by_label[what].neighbours(tree.processes):
-                assert neighbour.label not in runs or (neighbour.label, what) in dropped, tree.log
+            runs.discard(what)
         elif what["do"].startswith("drop-"):
             of = f"worker {what['shard']}" if "shard" in what else what["do"].removeprefix("drop-")
             dropped.add((label, of))
