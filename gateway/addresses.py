@@ -55,17 +55,14 @@ def lead_all_into(name: str, *, ipv6: bool) -> None:
         raise DeviceError(_why_not(name, error)) from error
 
 
-def add_to_loopback(*addresses: str) -> None:
-    """Switch lo on and give it these addresses, of either family. Raises DeviceError."""
+def add_to_loopback(address: str, address6: str) -> bool:
+    """Switch lo on and give it an address of each family; tell whether it has IPv6. Raises DeviceError."""
     try:
         with IPRoute() as netlink:
             index = _index(netlink, "lo")
             netlink.link("set", index=index, state="up")
-            for address in map(ipaddress.ip_interface, addresses):
-                if address.version == 6:
-                    _add6(netlink, index, address)
-                else:
-                    netlink.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
+            netlink.addr("add", index=index, address=address, prefixlen=32)
+            return _add6(netlink, index, ipaddress.IPv6Interface(address6))
     except NetlinkError as error:
         raise DeviceError(_why_not("lo", error)) from error
 

@@ -33,12 +33,12 @@ from typing import Any, Final, Protocol, Self
 import msgspec
 
 from gateway.config import Config, control_directories, load
+from gateway.lifeline import spawn
 from gateway.status import ask
 
 START_TIMEOUT: Final = 30.0  #: seconds until ready; the proxy's name may take its time to resolve
 STOP_TIMEOUT: Final = 10.0  #: seconds from TERM to KILL
 _MAX_PACKET: Final = 65575  # octets; an IPv6 header before the largest payload
-_ROOT: Final = str(Path(__file__).resolve().parent.parent)
 _numbers = itertools.count(1)
 
 
@@ -146,32 +146,20 @@ class Gateway:
         notify_name = f"ringway-{secrets.token_hex(8)}"
         ready = keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC))
         ready.bind("\0" + notify_name)
-        line_end, line = os.pipe()
-        self._resources.callback(os.close, line)
+        flags = self._flags()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RINGWAY_")}
+        environment["NOTIFY_SOCKET"] = "@" + notify_name
+        # Not on the command line: it may hold a password.
+        environment["RINGWAY_PROXY"] = self.config.proxy
         with contextlib.ExitStack() as handed_over:
-            handed_over.callback(os.close, line_end)
-            descriptors = [line_end]
-            flags = self._flags()
             device = self._hand_over(handed_over)
-            if device is not None:
-                descriptors.append(device)
-                flags.append(f"--device=fd://{device}")
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("RINGWAY_")}
-            environment["NOTIFY_SOCKET"] = "@" + notify_name
-            # Not on the command line: it may hold a password.
-            environment["RINGWAY_PROXY"] = self.config.proxy
-            # With -P and this, a folder named "gateway" where the caller stands is not mistaken for ours.
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gateway.lifeline", str(line_end), "run", *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+            self._process, line = spawn(
+                ["run", *flags, *([] if device is None else [f"--device=fd://{device}"])],
+                environment=environment,
+                descriptors=[] if device is None else [device],
                 stderr=subprocess.PIPE,
-                env=environment,
-                pass_fds=descriptors,
-                # Ctrl-C at the terminal is the caller's to act upon.
-                start_new_session=True,
             )
+        self._resources.callback(os.close, line)
         self._reader = threading.Thread(target=self._read_log, name="ringway-log", daemon=True)
         self._reader.start()
         self._await_ready(ready, timeout)

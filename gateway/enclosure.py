@@ -14,6 +14,7 @@ Ctrl-Z, a new window size) reaches it without our help. It dies with us, and so 
 
 import errno
 import os
+import select
 import signal
 import socket
 import sys
@@ -150,6 +151,16 @@ class Enclosure:
             # What the kernel sends (SI_KERNEL: the terminal) goes to the whole process group, and the command is in it.
             if info.si_signo in _PASSED_ON and info.si_code <= 0:
                 os.kill(self.pid, info.si_signo)
+
+    def finish(self, patience: float) -> int | None:
+        """Wait at most `patience` seconds for the command; None when it still runs. Signals need not be blocked."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            return self._reap() if poll.poll(patience * 1000) else None
+        finally:
+            os.close(pidfd)
 
     def _reap(self) -> int | None:
         """Return the command's exit status once it has ended; stop with it when it stops."""

@@ -11,9 +11,57 @@ import fcntl
 import os
 import select
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Final
 
-_F_SETSIG = 10  # asm-generic/fcntl.h
+_F_SETSIG: Final = 10  # asm-generic/fcntl.h
+_ROOT: Final = str(Path(__file__).resolve().parent.parent)
+
+
+def spawn(
+    arguments: Sequence[str],
+    *,
+    environment: dict[str, str] | None = None,
+    descriptors: Sequence[int] = (),
+    stdout: int = subprocess.DEVNULL,
+    stderr: int | IO[bytes] | None = None,
+) -> tuple["subprocess.Popen[bytes]", int]:
+    """Start `ringway ARGUMENTS`; return the process and the pipe's end that keeps it alive, which the caller closes.
+
+    It gets a session of its own (Ctrl-C is the caller's to act upon), no standard input, and `descriptors`.
+    """
+    held, line = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [*python_module("gateway.lifeline"), str(held), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=python_environment(environment),
+            pass_fds=[held, *descriptors],
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(line)
+        raise
+    finally:
+        os.close(held)
+    return process, line
+
+
+def python_module(name: str) -> list[str]:
+    """Return the command that runs a module of ours, not a folder of that name where the caller stands."""
+    return [sys.executable, "-P", "-m", name]
+
+
+def python_environment(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the environment (the process's own by default) in which python_module finds our modules."""
+    environment = dict(os.environ if environment is None else environment)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, environment.get("PYTHONPATH"))))
+    return environment
 
 
 def hold(fd: int) -> bool:
