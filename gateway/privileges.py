@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import pwd
+import re
 import signal
 import socket
 from dataclasses import dataclass
@@ -92,8 +93,8 @@ def _is_mapped(table: str, number: int) -> bool:
 
 def kernel_version(release: str | None = None) -> tuple[int, int]:
     """Return major and minor of the running kernel (or of `release`, as uname has it)."""
-    major, minor = (release or os.uname().release).split(".")[:2]
-    return int(major), int("".join(c for c in minor if c.isdigit()) or "0")
+    found = re.match(r"(\d+)\.(\d+)", release or os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def needed_capabilities(fwmark: int, interface: str, version: tuple[int, int], permitted: int) -> frozenset[int]:
