@@ -64,6 +64,7 @@ UDP_DROPPED_BAD_HEADER: Final = _counter(
 )  #: answers without a valid SOCKS header, or with FRAG
 UDP_DROPPED_UNMAPPABLE: Final = _counter("udp_dropped_unmappable")  #: answers from a name, or of the other IP version
 UDP_DROPPED_PROXY_DOWN: Final = _counter("udp_dropped_proxy_down")  #: the proxy is unreachable
+UDP_DROPPED_MULTICAST: Final = _counter("udp_dropped_multicast")  #: no proxy takes multicast or broadcast
 UDP_DROPPED_TOO_BIG: Final = _counter("udp_dropped_too_big")
 UDP_GSO_REFUSED: Final = _counter("udp_gso_refused")  #: sockets whose path takes no UDP_SEGMENT
 

@@ -68,13 +68,13 @@ class DatagramHeaders:
 
     def of(self, size: int) -> bytes:
         """Return the headers of one datagram with `size` octets of payload, which are remembered."""
-        self.header = self._build(_VNET.pack(NEEDS_CSUM, 0, self.length, 0, self.length - 18, 6), size)
+        self.header = self._build(_VNET.pack(NEEDS_CSUM, 0, self.length - 10, 0, self.length - 18, 6), size)
         self.size = size
         return self.header
 
     def of_many(self, size: int, total: int) -> bytes:
         """Return the headers of a super-frame (USO) of `total` octets, to be cut into datagrams of `size`."""
-        return self._build(_VNET.pack(NEEDS_CSUM, GSO_UDP_L4, self.length, size, self.length - 18, 6), total)
+        return self._build(_VNET.pack(NEEDS_CSUM, GSO_UDP_L4, self.length - 10, size, self.length - 18, 6), total)
 
     def _build(self, vnet: bytes, payload: int) -> bytes:
         length = payload + 8

@@ -1,0 +1,1 @@
+"""DNS of one worker."""

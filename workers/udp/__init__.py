@@ -1,0 +1,17 @@
+"""UDP of one worker: an association for each client socket, all its datagrams through one upstream socket.
+
+                 frame_arrives        end_of_batch                    send / sendmsg + UDP_SEGMENT
+    RX frame ──► Udp ─► Flow.pieces ─► Udp._leave ──► Association ──────────────────► relay of the proxy
+    TX frame ◄── Answers.from_relay ◄───────────────── Association ◄──────────────── (or anyone, for direct://)
+                                                          │ ControlConnection: UDP ASSOCIATE, open as long as it lives
+
+| object          | one for each                        | ends                                                     |
+| --------------- | ----------------------------------- | -------------------------------------------------------- |
+| Association     | client socket (address, port)       | idle, control connection closed, least recently used     |
+| Flow            | client socket and destination       | with its association, or when the table of flows is full |
+| DatagramHeaders | client socket and source of answers | with its association, or when its table is full          |
+"""
+
+from workers.udp.datagrams import Udp
+
+__all__ = ["Udp"]

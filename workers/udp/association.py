@@ -1,0 +1,242 @@
+"""Association: one client socket and the upstream socket that all its datagrams leave through.
+
+    SETTING_UP ── connected ──► READY ── idle, control connection ends, least recently used ──► CLOSED
+         └──────── refused, lost, too late ──────────────────────────────────────────────────────┘
+
+While SETTING_UP, datagrams wait as copies, few of them. For direct:// there is nothing to set up.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+from select import EPOLLIN
+from typing import TYPE_CHECKING, Final
+
+from workers import counts
+from workers.socks.wire import UDP_ASSOCIATE, Host
+from workers.udp import control
+from workers.udp.control import ControlConnection, proxy_unreachable
+from workers.udp.relayaddress import relay_address
+from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, DatagramHeaders
+
+if TYPE_CHECKING:
+    from workers.udp.datagrams import Flow, Udp
+
+SETTING_UP: Final = 0
+READY: Final = 1
+CLOSED: Final = 2
+
+WAITING_DATAGRAMS: Final = 32  #: that wait while an association is set up
+WAITING_OCTETS: Final = 64 * 1024
+RECEIVE_BUFFER: Final = 1 << 20  #: octets asked of SO_RCVBUF; the kernel gives up to twice net.core.rmem_max
+
+# The path MTU that a connected socket knows; Python has no names for these (linux/in.h, linux/in6.h).
+_IP_MTU: Final = 14
+_IPV6_MTU: Final = 24
+#: octets of a segment for UDP_SEGMENT where the path is not known (direct://): an Ethernet's
+_ETHERNET: Final = 1500
+_SHORT_LIFE: Final = 1.0  # seconds; an association that the proxy ends so soon is not asked for again at once
+
+
+class Association:
+    """One client socket: its upstream socket, its timers, and what Answers remembers of it."""
+
+    __slots__ = (
+        "_control",
+        "_socket",
+        "_started_at",
+        "_udp",
+        "_waiting",
+        "_waiting_octets",
+        "active_at",
+        "busy",
+        "flow_keys",
+        "key",
+        "only_dns",
+        "queued_at",
+        "quiet",
+        "quiet_next",
+        "receive",
+        "receive_from",
+        "segment_limit",
+        "send",
+        "sendmsg",
+        "sendto",
+        "socks_header",
+        "sources",
+        "state",
+    )
+
+    def __init__(self, udp: Udp, key: bytes, now: float) -> None:
+        """Make one for the client socket `key`: packed address, then the port's two octets."""
+        self._udp = udp
+        self.key = key
+        self.state: int = SETTING_UP
+        self.active_at = now  #: when a datagram last went either way
+        self.queued_at = now  #: when it last took its place in the table, which is in order of use nearly
+        self.only_dns = True  #: all its destinations have port 53: then dns_timeout is enough
+        self.flow_keys: list[bytes] = []  #: of its flows in the table of flows
+        self.socks_header = 10 if len(key) == 6 else 22  #: octets in front of an answer of the client's IP version
+        #: headers towards the client, by the SOCKS header of the answer (or, for direct://, by its source)
+        self.sources: dict[object, DatagramHeaders] = {}
+        self.segment_limit = 0  #: octets that a segment of UDP_SEGMENT may have; 0: not to be used
+        self.busy = False  #: the last event brought more than one answer
+        self.quiet = 0  #: events with one answer that are not worth a second look
+        self.quiet_next = 1
+        self._started_at = now
+        self._control: ControlConnection | None = None
+        self._socket: socket.socket | None = None
+        self._waiting: list[tuple[Flow, bytes]] = []
+        self._waiting_octets = 0
+
+    # ── setting up ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def associate(self) -> None:
+        """Ask the proxy for UDP ASSOCIATE. OSError when that cannot even begin."""
+        worker = self._udp.worker
+        # Zeros as address and port: we do not know what the proxy will see, and servers enforce what they are told.
+        self._control = ControlConnection(worker, self, UDP_ASSOCIATE, b"", 0)
+        worker.timers.call_at(self._started_at + worker.settings.connect_timeout, self._timeout)
+
+    def open_direct(self, now: float) -> None:
+        """Open an unconnected socket, which takes answers from anyone. OSError when there is no descriptor."""
+        udp = self._udp
+        family, overhead = (socket.AF_INET, IPV4_OVERHEAD) if len(self.key) == 6 else (socket.AF_INET6, IPV6_OVERHEAD)
+        opened = udp.worker.upstream.open(family, socket.SOCK_DGRAM)
+        self._use(opened, _ETHERNET - overhead)
+        self.receive_from = opened.recvfrom_into
+        udp.worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_anyone, self))
+        udp.worker.timers.call_at(now + self._idle_timeout(), self._timeout)
+
+    def connected(self, bound: tuple[Host, int], now: float) -> None:
+        """Take the relay's address, and send what waits."""
+        udp = self._udp
+        worker = udp.worker
+        assert self._control is not None
+        address, port = relay_address(worker.settings.udp_address, bound, self._control.peer)
+        if not port:
+            self._fail(udp.availability.no_udp(now), now)
+            return
+        ipv4 = len(address) == 4
+        family = socket.AF_INET if ipv4 else socket.AF_INET6
+        try:
+            opened = worker.upstream.open(family, socket.SOCK_DGRAM)
+        except OSError:
+            self._count(counts.UDP_DROPPED_DESCRIPTORS, len(self._waiting))
+            self._end(now)
+            return
+        try:
+            opened.connect((socket.inet_ntop(family, address), port))
+            mtu = (
+                opened.getsockopt(socket.IPPROTO_IP, _IP_MTU)
+                if ipv4
+                else opened.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU)
+            )
+        except OSError as error:
+            opened.close()
+            proxy_unreachable(worker, f"its UDP relay: {error.strerror}")
+            self._fail(udp.availability.is_down(now), now)
+            return
+        self._use(opened, mtu - (IPV4_OVERHEAD if ipv4 else IPV6_OVERHEAD))
+        self._started_at = now
+        self.active_at = now
+        worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_relay, self))
+        udp.availability.has_udp()
+        waiting, self._waiting = self._waiting, []
+        self._waiting_octets = 0
+        for flow, payload in waiting:
+            udp.send_copy(flow, payload, now)
+
+    def _use(self, opened: socket.socket, segment_limit: int) -> None:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        self._socket = opened
+        self.segment_limit = segment_limit
+        # Bound methods, so that the hot path has one look-up for each system call. They keep the socket object after
+        # close(), and whoever calls them then gets EBADF, an OSError.
+        self.receive = opened.recv_into
+        self.send = opened.send
+        self.sendto = opened.sendto
+        self.sendmsg = opened.sendmsg
+        self.state = READY
+        self._count(counts.UDP_OPENED, 1)
+
+    def wait(self, flow: Flow, payload: bytes) -> None:
+        """Keep a copy of a datagram until the association is ready; what is too much is dropped and counted."""
+        if len(self._waiting) >= WAITING_DATAGRAMS or self._waiting_octets + len(payload) > WAITING_OCTETS:
+            self._count(counts.UDP_DROPPED_WAITING, 1)
+            return
+        self._waiting.append((flow, payload))
+        self._waiting_octets += len(payload)
+
+    # ── the control connection ──────────────────────────────────────────────────────────────────────────────────
+
+    def refused(self, reply: int, now: float) -> None:
+        """The proxy has no UDP, or not for us."""
+        self._fail(self._udp.availability.refusal(reply, now), now)
+
+    def lost(self, why: int, now: float) -> None:
+        """The control connection ended, and with it the association (RFC 1928, 7)."""
+        udp = self._udp
+        if why == control.CLOSED:
+            if now - self._started_at < _SHORT_LIFE:
+                udp.availability.is_down(now)
+            self._end(now)
+        elif why == control.CLOSED_AT_REQUEST:
+            self._fail(udp.availability.no_udp(now), now)
+        else:
+            self._fail(udp.availability.is_down(now), now)
+
+    def received(self, data: bytes, now: float) -> None:
+        """Ignore bytes on the control connection: RFC 1928 has none there."""
+
+    def _fail(self, code: int, now: float) -> None:
+        """Close, and have what waits answered as a host or router would."""
+        waiting, self._waiting = self._waiting, []
+        self._end(now)
+        for flow, payload in waiting:
+            self._udp.undelivered(flow.key, payload, code, now)
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _idle_timeout(self) -> float:
+        settings = self._udp.worker.settings
+        return min(settings.dns_timeout, settings.udp_timeout) if self.only_dns else settings.udp_timeout
+
+    def _timeout(self, now: float) -> None:
+        """Look whether it is time to give up; the timer is armed again, never moved."""
+        worker = self._udp.worker
+        if self.state == SETTING_UP:
+            due_at = self._started_at + worker.settings.connect_timeout
+            if now >= due_at:
+                proxy_unreachable(worker, "no answer within the connect timeout")
+                self._fail(self._udp.availability.is_down(now), now)
+                return
+        elif self.state == READY:
+            due_at = self.active_at + self._idle_timeout()
+            if now >= due_at:
+                self._count(counts.UDP_IDLE_TIMEOUTS, 1)
+                self._end(now)
+                return
+        else:
+            return
+        worker.timers.call_at(due_at, self._timeout)
+
+    def _end(self, now: float) -> None:
+        self._udp.remove(self)
+        self.close()
+
+    def close(self) -> None:
+        """Close both sockets; the proxy sees the end of the control connection and ends its part."""
+        self.state = CLOSED
+        self._waiting.clear()
+        if self._control is not None:
+            self._control.close()
+        if self._socket is not None:
+            self._udp.worker.forget(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+        self.sources.clear()
+
+    def _count(self, index: int, by: int) -> None:
+        self._udp.worker.count[index] += by

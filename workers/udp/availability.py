@@ -1,0 +1,59 @@
+"""Availability: whether the proxy gives associations, remembered so that not each client socket costs a handshake."""
+
+from typing import Final
+
+from workers.icmp import ADMIN, HOST, NET, PORT
+from workers.socks.wire import COMMAND_NOT_SUPPORTED, HOST_UNREACHABLE, NETWORK_UNREACHABLE, NOT_ALLOWED
+
+NO_UDP_TIMEOUT: Final = 60.0  #: seconds for which a proxy without UDP is not asked again
+REFUSED_TIMEOUT: Final = 5.0  #: the same after another refusal
+DOWN_TIMEOUT: Final = 1.0  #: the same after it could not be reached
+
+DOWN: Final = -1  #: in place of an ICMP code: the proxy could not be reached
+
+_REFUSALS: Final = {NOT_ALLOWED: ADMIN, NETWORK_UNREACHABLE: NET, HOST_UNREACHABLE: HOST}
+
+
+class Availability:
+    """What was learned last; a code is one of workers.icmp, or DOWN."""
+
+    __slots__ = ("_code", "_probe_timeout", "_until")
+
+    def __init__(self, probe_timeout: float) -> None:
+        """`probe_timeout`: seconds that an attempt to associate takes at most."""
+        self._probe_timeout = probe_timeout
+        self._until = 0.0  # until then nobody asks; 0: the proxy has UDP, or nothing is known
+        self._code = DOWN
+
+    def refused(self, now: float) -> int | None:
+        """Return what to tell a new client socket, or None if it may ask the proxy."""
+        if not self._until:
+            return None
+        if now < self._until:
+            return self._code
+        # This one asks again; the others wait for what it learns.
+        self._until = now + self._probe_timeout
+        return None
+
+    def has_udp(self) -> None:
+        """Note that the proxy gave an association."""
+        self._until = 0.0
+
+    def no_udp(self, now: float) -> int:
+        """Note that the proxy has no UDP; return what to tell the clients for a while."""
+        return self._refuse(PORT, now + NO_UDP_TIMEOUT)
+
+    def is_down(self, now: float) -> int:
+        """Note that the proxy could not be reached; return what to tell the clients for a moment."""
+        return self._refuse(DOWN, now + DOWN_TIMEOUT)
+
+    def refusal(self, reply: int, now: float) -> int:
+        """Note a REP code other than 0; return what to tell the clients for a while."""
+        if reply == COMMAND_NOT_SUPPORTED:
+            return self.no_udp(now)
+        return self._refuse(_REFUSALS.get(reply, PORT), now + REFUSED_TIMEOUT)
+
+    def _refuse(self, code: int, until: float) -> int:
+        self._until = until
+        self._code = code
+        return code
