@@ -13,9 +13,8 @@ out of order is copied, into the reassembly queue. No I/O, no clock, no randomne
 
 from math import inf
 from mmap import mmap
-from typing import Final
 
-from workers.tcp import arrival
+from workers.tcp import arrival, output
 from workers.tcp.congestion import DUPLICATE_ACKS, NewReno
 from workers.tcp.events import (
     ACKED,
@@ -27,9 +26,19 @@ from workers.tcp.events import (
     NOT_DUE,
     TEXT,
 )
+from workers.tcp.limits import (
+    DEFAULT_MSS,
+    MAX_PACKET,
+    MAX_RETRIES,
+    MAX_RTT,
+    MAX_SYN_RETRIES,
+    RECEIVE_BUFFER,
+    RECEIVE_SCALE,
+    SEND_BUFFER,
+)
 from workers.tcp.receive import ReceiveSpace
-from workers.tcp.rtt import GRANULARITY, RttEstimator
-from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
+from workers.tcp.rtt import GRANULARITY, MIN_RTO, RttEstimator
+from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.send import SendSpace
 from workers.tcp.sequence import HALF, MASK
 from workers.tcp.states import (
@@ -43,16 +52,6 @@ from workers.tcp.states import (
     SYN_RECEIVED,
     TIME_WAIT,
 )
-
-DELAYED_ACK: Final = 0.04  # seconds; Linux TCP_DELACK_MIN
-MAX_RETRIES: Final = 10  # with RTO 0.2 s that is 200 s; RFC 9293, 3.8.3: R2 at least 100 s
-MAX_SYN_RETRIES: Final = 5  # Linux tcp_synack_retries
-DEFAULT_MSS: Final = 536  # RFC 9293, 3.7.1, without the option
-MAX_PACKET: Final = 65535 - 40 - 60  #: text that one packet can carry behind the longest headers
-RECEIVE_BUFFER: Final = 1 << 20  #: octets that may wait for the proxy
-RECEIVE_SCALE: Final = 7  #: the shift that we announce: windows up to 8 MB in steps of 128
-SEND_BUFFER: Final = 4 << 20  #: octets in flight at the most
-MAX_RTT: Final = 120_000  # milliseconds; an echoed timestamp older than that is not ours
 
 
 class Connection:
@@ -95,6 +94,8 @@ class Connection:
         if syn.window_scale >= 0:
             snd.scale = syn.window_scale
             rcv.scale = RECEIVE_SCALE
+        else:
+            rcv.buffer = min(rcv.buffer, 65535)
         snd.wnd = snd.max_wnd = syn.wnd  # the window of a SYN is never scaled (RFC 7323, 2.2)
         snd.wl1 = syn.seq
         #: Eff.snd.MSS (RFC 9293, 3.7.1): what the peer takes, less our options
@@ -211,7 +212,8 @@ class Connection:
         self.retries = 0
         if seg.ts_present and seg.ts_ecr:
             elapsed = (int(now * 1000) - seg.ts_ecr) & MASK
-            if elapsed < MAX_RTT:
+            # Below the clock's tick there is nothing new to learn once the timeout is at its minimum.
+            if 0 < elapsed < MAX_RTT or (not elapsed and self.rtt.rto != MIN_RTO):
                 self.rtt.sample(elapsed / 1000 or GRANULARITY / 2)
         if congestion.recovering:
             if (una - snd.recover) & MASK < HALF:
@@ -319,101 +321,5 @@ class Connection:
 
     # ── segments out ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def segment_to_send(self, out: Segment, now: float) -> bool:
-        """Fill `out` with the next segment that is due; False: there is none.
-
-        `out.len` octets of text from sequence number `out.seq` on belong behind the headers; the relay has them.
-        A pure ACK is due here only when it is so at once: see `ack_to_send`.
-        """
-        snd = self.snd
-        state = self.state
-        if self.reset_due:
-            self.reset_due = False
-            self._fill(out, RST | ACK, snd.max, 0, now)
-            return True
-        if state in (SYN_RECEIVED, CLOSED):
-            return self._syn_to_send(out, now) if self.syn_due else False
-        if self.retransmit_due:
-            self.retransmit_due = False
-            if snd.una != snd.max:
-                length = min((snd.end - snd.una) & MASK, self.smss)
-                fin = snd.fin and (snd.una + length) & MASK == snd.end
-                self._fill(out, FIN | ACK if fin else ACK, snd.una, length, now)
-                if snd.nxt == snd.una:
-                    snd.nxt = (snd.una + length + fin) & MASK
-                return True
-        if snd.nxt != (snd.end + snd.fin) & MASK and self._text_to_send(out, now):
-            return True
-        if self.probe_due:
-            # A segment just before the window, without text: whoever gets it must answer (RFC 9293, 3.10.7.4, first).
-            self.probe_due = False
-            self._fill(out, ACK, (snd.una - 1) & MASK, 0, now)
-            return True
-        return self.ack_due == AT_ONCE and self.ack_to_send(out, now)
-
-    def ack_to_send(self, out: Segment, now: float) -> bool:
-        """Fill `out` with the pure ACK that is due at the end of the batch or at once; False: none is."""
-        if self.ack_due < AT_END_OF_BATCH:
-            return False
-        self._fill(out, ACK, self.snd.nxt, 0, now)
-        return True
-
-    def _syn_to_send(self, out: Segment, now: float) -> bool:
-        snd = self.snd
-        self.syn_due = False
-        snd.nxt = snd.max = (snd.iss + 1) & MASK
-        if self.rto_at == inf:
-            self.rto_at = now + self.rtt.rto
-        self._fill(out, SYN | ACK, snd.iss, 0, now)
-        out.wnd = min(self.rcv.buffer, 65535)  # never scaled in a SYN (RFC 7323, 2.2)
-        out.mss = self.announced_mss
-        out.window_scale = self.rcv.scale or -1
-        return True
-
-    def _text_to_send(self, out: Segment, now: float) -> bool:
-        """Fill `out` with the next text, and the FIN behind it, as far as both windows allow."""
-        snd = self.snd
-        queued = (snd.end - snd.nxt) & MASK
-        in_flight = (snd.nxt - snd.una) & MASK
-        window = min(snd.wnd, self.congestion.cwnd)
-        length = min(queued, window - in_flight, MAX_PACKET)
-        if length < queued:
-            if length >= self.smss:
-                length -= length % self.smss
-            elif length <= 0 or in_flight:  # silly window avoidance (RFC 9293, 3.8.6.2.1)
-                if not in_flight and self.persist_at == inf:
-                    self.persist_at = now + self.rtt.rto
-                return False
-        flags = ACK
-        if length == queued:
-            flags = ACK | FIN | PSH if snd.fin else ACK | PSH
-        if length and now - self.rcv.text_at < DELAYED_ACK:
-            self.pingpong = True
-        self._fill(out, flags, snd.nxt, length, now)
-        snd.nxt = nxt = (snd.nxt + length + (flags & FIN)) & MASK
-        if (nxt - snd.max) & MASK < HALF:
-            snd.max = nxt
-        if self.rto_at == inf:
-            self.rto_at = now + self.rtt.rto
-        return True
-
-    def _fill(self, out: Segment, flags: int, seq: int, length: int, now: float) -> None:
-        rcv = self.rcv
-        out.flags = flags
-        out.seq = seq
-        out.len = length
-        out.ack = rcv.nxt
-        # The right edge moves only by steps that are worth an ACK (RFC 9293, 3.8.6.2.2), and never back.
-        ahead = (rcv.nxt + rcv.buffer - rcv.pending - rcv.adv) & MASK
-        if 2 * self.announced_mss <= ahead < HALF:
-            rcv.adv = (rcv.adv + ahead) & MASK
-        wnd = ((rcv.adv - rcv.nxt) & MASK) >> rcv.scale
-        out.wnd = wnd if wnd < 65536 else 65535
-        if self.timestamps:
-            out.ts_present = True
-            out.ts_val = int(now * 1000) & MASK
-            out.ts_ecr = self.ts_recent
-        else:
-            out.ts_present = False
-        self.ack_due = NOT_DUE
-        rcv.unacked = 0
+    segment_to_send = output.segment_to_send
+    ack_to_send = output.ack_to_send
