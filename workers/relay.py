@@ -16,9 +16,9 @@ from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from struct import pack
 from typing import TYPE_CHECKING, Final
 
-from ipc.layout import HEADROOM, SMALL_PAYLOAD, TX_LARGE
+from ipc.layout import HEADROOM
 from workers import counts
-from workers.tcp.connection import DELAYED_ACK, Connection
+from workers.tcp.connection import Connection
 from workers.tcp.events import (
     ACKED,
     AT_END_OF_BATCH,
@@ -32,16 +32,15 @@ from workers.tcp.events import (
     TEXT,
     UNACCEPTABLE_ACK,
 )
+from workers.tcp.limits import DELAYED_ACK
 from workers.tcp.segment import Segment
-from workers.tcp.sequence import MASK
 from workers.tcp.states import SYN_RECEIVED, TIME_WAIT
+from workers.unacked import Unacked
 from workers.wire.tcp import Headers
 
 if TYPE_CHECKING:
     from workers.flows import TcpFlows
 
-COPY_LIMIT: Final = 4096  #: octets; so small a payload is copied until it is acknowledged, the frame goes home
-FEW_FRAMES: Final = TX_LARGE // 4  #: with fewer free frames every payload is copied: no flow starves the others
 PROMPT: Final = 16 * 1024  #: octets; a packet as large as this does not wait for the end of the breath
 MAX_PIECES: Final = 64  #: buffers of one sendmsg; IOV_MAX is 1,024
 RESET_ON_CLOSE: Final = pack("ii", 1, 0)  # struct linger: close() sends RST
@@ -52,7 +51,6 @@ class Relay:
 
     __slots__ = (
         "_backlog",
-        "_chunks",
         "_client_closed",
         "_hup",
         "_in_acks",
@@ -61,6 +59,7 @@ class Relay:
         "_proxy_closed",
         "_readable",
         "_socket",
+        "_unacked",
         "_wake_at",
         "active_at",
         "conn",
@@ -82,8 +81,7 @@ class Relay:
         self.active_at = now  #: when a segment last arrived or the proxy last sent
         self._port = flows.port
         self._socket: socket.socket | None = connected
-        #: (sequence number, octets, held frame or -1, copy if there is no frame), oldest first: all that is not acked
-        self._chunks: list[tuple[int, int, int, bytes]] = []
+        self._unacked = Unacked(flows.port)  #: what the client has not acknowledged
         self._backlog: list[bytes] = []  #: text that the socket did not take yet
         self._readable = False  #: the socket may have something to read
         self._hup = False  #: it will say end of file, or an error, some day
@@ -115,7 +113,7 @@ class Relay:
                 for text in joined:
                     self._deliver(text, now)
         if events & ACKED:
-            self._release_acked()
+            self._unacked.release(conn.snd.una)
         if events & ~(TEXT | ACKED) and self._handle(events, seg, now):
             return
         if self._readable:
@@ -177,7 +175,7 @@ class Relay:
         self._in_acks = False
         out = self.flows.out
         if self.conn.ack_to_send(out, now):
-            self._transmit_headers(out)
+            self.flows.transmit(self.headers, out)
 
     def delayed_ack_due(self, now: float) -> None:
         """Send the ACK that no data has carried."""
@@ -212,7 +210,7 @@ class Relay:
     def begin(self, surplus: bytes, now: float) -> None:
         """Send the SYN-ACK, and keep what the proxy sent behind its reply as the first text."""
         if surplus:
-            self._chunks.append((self.conn.snd.end, len(surplus), -1, surplus))
+            self._unacked.keep_copy(self.conn.snd.end, surplus)
             self.conn.send(len(surplus))
         self._output(now)
 
@@ -267,19 +265,16 @@ class Relay:
         payload = frame + HEADROOM
         seq = conn.snd.end
         conn.send(length)
-        if not conn.segment_to_send(out, now) or out.len != length or out.seq != seq:
+        went = conn.segment_to_send(out, now)
+        if not went or out.len != length or out.seq != seq:
             # Something else went first, or the window allows less: from a copy, at any size.
-            self._chunks.append((seq, length, -1, port.tx[payload : payload + length]))
+            self._unacked.keep_copy(seq, port.tx[payload : payload + length])
             port.large.give(frame)
-            if out.len or out.flags:
+            if went:
                 self._transmit(out)
             self._output(now)
             return
-        if length <= COPY_LIMIT or len(port.large.free) < FEW_FRAMES:
-            self._chunks.append((seq, length, -1, port.tx[payload : payload + length]))
-        else:
-            self._chunks.append((seq, length, frame, b""))
-            port.hold(frame)
+        self._unacked.keep(seq, frame, length)
         written = self.headers.write(port.tx_view, payload, out)
         port.transmit(payload - written, written + length)
         if length >= PROMPT:
@@ -322,79 +317,10 @@ class Relay:
             self._arm()
 
     def _transmit(self, out: Segment) -> None:
-        if out.len:
-            self._transmit_again(out)
-        else:
-            self._transmit_headers(out)
-
-    def _transmit_headers(self, out: Segment) -> None:
-        """Send a segment without text."""
-        port = self._port
-        try:
-            frame = port.small.take()
-        except IndexError:
-            self.flows.count[counts.NO_FRAMES] += 1  # lost, as on a link
-            return
-        end = frame + HEADROOM
-        written = self.headers.write(port.tx_view, end, out)
-        port.transmit(end - written, written)
-
-    def _transmit_again(self, out: Segment) -> None:
-        """Send text out of the chunks: headers in a frame of their own, text copied behind them or gathered.
-
-        The first transmission's headers stand in front of the chunk and may still be in the writer's hands.
-        """
-        port = self._port
-        pieces: list[tuple[int, int, bytes]] = []  # (address, octets, copy if there is no frame)
-        at = out.seq
-        left = out.len
-        for seq, length, frame, data in self._chunks:
-            offset = (at - seq) & MASK
-            if offset >= length or not left:
-                continue
-            n = min(length - offset, left)
-            pieces.append((frame + HEADROOM + offset if frame >= 0 else -1, n, data[offset : offset + n]))
-            at = (at + n) & MASK
-            left -= n
-        in_frames = sum(1 for address, _, _ in pieces if address >= 0)
-        gathered = in_frames == 1 and len(pieces) == 1 and out.len > SMALL_PAYLOAD
-        pool = port.small if gathered or out.len <= SMALL_PAYLOAD else port.large
-        try:
-            frame = pool.take()
-        except IndexError:
+        if not out.len:
+            self.flows.transmit(self.headers, out)
+        elif not self._unacked.transmit(self.headers, out):
             self.flows.count[counts.NO_FRAMES] += 1
-            return
-        end = frame + HEADROOM
-        written = self.headers.write(port.tx_view, end, out)
-        if gathered:
-            port.transmit(end - written, written, more=True)
-            port.transmit(pieces[0][0], out.len)
-            return
-        for address, n, data in pieces:
-            port.tx_view[end : end + n] = data if address < 0 else port.tx_view[address : address + n]
-            end += n
-        port.transmit(frame + HEADROOM - written, written + out.len)
-
-    def _release_acked(self) -> None:
-        """Let go of the chunks that the client has."""
-        chunks = self._chunks
-        una = self.conn.snd.una
-        while chunks:
-            seq, length, frame, _ = chunks[0]
-            if not length <= (una - seq) & MASK < 0x80000000:
-                return
-            if frame >= 0:
-                self._port.unhold(frame)
-            del chunks[0]
-
-    def _copy_held(self) -> None:
-        """Copy what is not acknowledged out of its frames: a client that went away must not keep them."""
-        tx = self._port.tx
-        for i, (seq, length, frame, _) in enumerate(self._chunks):
-            if frame >= 0:
-                at = frame + HEADROOM
-                self._chunks[i] = (seq, length, -1, tx[at : at + length])
-                self._port.unhold(frame)
 
     # ── the clock ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -411,7 +337,7 @@ class Relay:
         if conn.deadline <= now:
             if conn.rto_at <= now:
                 self.flows.count[counts.TCP_RETRANSMITTED] += 1
-                self._copy_held()
+                self._unacked.copy_held()
             conn.timeout(now)
             events = conn.take_events()
             if events and self._handle(events, self.flows.out, now):
@@ -462,10 +388,7 @@ class Relay:
     def _end(self, now: float) -> None:
         """Leave the flow table; the client's last words may still need an answer from TIME-WAIT."""
         self._close_socket()
-        for _, _, frame, _ in self._chunks:
-            if frame >= 0:
-                self._port.unhold(frame)
-        self._chunks.clear()
+        self._unacked.release_all()
         self._wake_at = inf
         if self.conn.state == TIME_WAIT:
             self.flows.wait(self.key, self.conn, self.headers, now)
