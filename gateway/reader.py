@@ -34,7 +34,7 @@ FRAMES, BYTES, WAKEUPS, NO_FRAME, NO_WORKER, SHORT, READ_ERRORS = range(len(COUN
 
 BATCH: Final = 64  #: frames between two submits of small ones
 PROMPT: Final = 8 * 1024  #: octets; a frame as large as this is submitted at once
-LOW_WATER: Final = RX_FRAMES - 16  #: fill rings are read when fewer frames are free: reuse keeps few in cache
+LOW_WATER: Final = RX_FRAMES - 32  #: fill rings are read when fewer frames are free: reuse keeps few in cache
 MIN_LENGTH: Final = 30  #: octets; virtio_net_hdr and an IPv4 header
 
 

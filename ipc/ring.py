@@ -77,6 +77,11 @@ class Producer:
             self._submitted = self.head
 
     @property
+    def unsubmitted(self) -> int:
+        """Descriptors that the consumer does not know of yet."""
+        return self.head - self._submitted
+
+    @property
     def in_flight(self) -> int:
         """Descriptors that the consumer has not released."""
         return self.head - self._index[0]

@@ -17,6 +17,7 @@ from ipc.layout import (
     FRAME_SIZE,
     LENGTH_SHIFT,
     MORE,
+    RX_FRAMES,
     SMALL_SIZE,
     TX_LARGE,
     TX_SMALL,
@@ -103,16 +104,20 @@ class RingPort(TxFrames):
         self._fill = Producer(rings["fill"])
         self._tx = Producer(rings["tx"])
         self._completion = Consumer(rings["completion"])
+        #: small enough that a reader without a frame gets one, whatever the workers still keep for a fuller batch
+        self._fill_batch = max(1, min(16, RX_FRAMES // (2 * shared.shards)))
         self._writer_is_there = True
         self.frames = self._rx.take
         self.fileno = self._rx.fileno
 
     def release(self, descriptors: list[int]) -> None:
-        """Give RX frames back to the reader."""
-        push = self._fill.push
+        """Give RX frames back to the reader, several with one system call."""
+        fill = self._fill
+        push = fill.push
         for descriptor in descriptors:
             push(descriptor)
-        self._fill.submit()
+        if fill.unsubmitted >= self._fill_batch:
+            fill.submit()
 
     def transmit(self, at: int, length: int, more: bool = False) -> None:
         """Push one descriptor; without a writer the packet is lost, as on a link."""
