@@ -105,6 +105,12 @@ class Gateway:
         """Start the gateway and wait until it carries packets. Raises GatewayError with the gateway's own words."""
         if self._process is not None:
             raise GatewayError("this gateway was started before; make a new one")
+        if isinstance(self._device, (int, socket.socket)):
+            # First of all: what is opened below would get the number of a closed one.
+            try:
+                os.fstat(_number(self._device))
+            except OSError:
+                raise GatewayError(f"descriptor {_number(self._device)} of the device is not open", 2) from None
         try:
             self._spawn(timeout)
         except BaseException:
@@ -187,10 +193,8 @@ class Gateway:
         device = self._device
         if isinstance(device, str):
             return None
-        if isinstance(device, int):
-            return device
-        if isinstance(device, socket.socket):
-            return device.fileno()
+        if isinstance(device, (int, socket.socket)):
+            return _number(device)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._resources.enter_context(ours)
         # Wakes both threads; the one in device.read() only when that returns.
@@ -241,6 +245,10 @@ class Gateway:
                         self._log(text)
                     else:
                         self._lines.append(text)
+
+
+def _number(device: int | socket.socket) -> int:
+    return device if isinstance(device, int) else device.fileno()
 
 
 def _text(value: object) -> str:

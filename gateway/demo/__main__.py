@@ -18,7 +18,7 @@ import click
 from gateway.config import Config, load
 from gateway.demo import WORLD4, WORLD6
 from gateway.lifeline import python_environment, python_module, spawn
-from gateway.status import StatusError
+from gateway.status import StatusError, traffic
 
 if TYPE_CHECKING:
     from gateway.demo.show import Board
@@ -116,19 +116,26 @@ def show_traffic() -> int:
         plan = steps_for(config, ipv6)
         with Board(console()) as board:
             board.say(f"Proxy {url}, targets {WORLD4}" + (f" and {WORLD6}" if ipv6 else "; this machine has no IPv6"))
-            ended = _move(config, plan, board)
-    good = len(ended) == len(plan) and all(step["ok"] for step in ended)
+            ended, carried = _move(config, plan, board)
     print(summary(ended))
-    if good:
-        print("All of it was checked: streams by SHA-256 at both ends, the rest answer by answer.")
-    else:
-        wrong = [f"{step['step']}: {step['text']}" for step in ended if not step["ok"]]
-        print("FAILED: " + ("; ".join(wrong) or f"the client ended after {len(ended)} of {len(plan)} steps"))
-    return 0 if good else 1
+    print(f"The gateway carried {carried['bytes_up'] / 1e6:,.0f} MB up and {carried['bytes_down'] / 1e6:,.0f} MB down.")
+    wrong = [f"{step['step']}: {step['text']}" for step in ended if not step["ok"]]
+    if len(ended) < len(plan):
+        wrong.append(f"the client ended after {len(ended)} of {len(plan)} steps")
+    for way in ("up", "down"):
+        # Headers come on top, so less means that something found another way.
+        moved = sum(step["moved"] for step in ended if step["step"].startswith(f"TCP {way}"))
+        if carried[f"bytes_{way}"] < moved:
+            wrong.append(f"{moved} octets went {way}, but the gateway saw {carried[f'bytes_{way}']}")
+    if wrong:
+        print("FAILED:", "; ".join(wrong))
+        return 1
+    print("Checked: streams by SHA-256 at both ends, the rest answer by answer, the sums by the gateway's counters.")
+    return 0
 
 
-def _move(config: Config, plan: list[dict[str, Any]], board: "Board") -> list[dict[str, Any]]:
-    """Run the client in an enclosure and show what it says; return the last word on each step that ended."""
+def _move(config: Config, plan: list[dict[str, Any]], board: "Board") -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Run the client in an enclosure and show what it says; return each step's last word, and the gateway's sums."""
     from gateway.enclosure import Enclosure
 
     reading, writing = os.pipe()
@@ -150,7 +157,8 @@ def _move(config: Config, plan: list[dict[str, Any]], board: "Board") -> list[di
                     with contextlib.suppress(StatusError):
                         board.figures(gateway.status())
             enclosure.finish(5.0)
-    return ended
+            carried = traffic(gateway.status())
+    return ended, carried
 
 
 def _lines(stream: IO[bytes], patience: float) -> Iterator[bytes]:
@@ -191,12 +199,10 @@ def main(shell: str | None) -> None:
     os.environ.update(python_environment())
     try:
         code = run_command(shell) if shell else show_traffic()
-    except (DemoError, EnclosureError) as error:
+    except (DemoError, DeviceError, EnclosureError, NamespaceError, StatusError) as error:
         print("ringway:", error, file=sys.stderr)
-        code = error.exit_code
-    except (DeviceError, NamespaceError) as error:
-        print("ringway:", error, file=sys.stderr)
-        code = 2
+        # 2 unless something that had begun went wrong.
+        code = getattr(error, "exit_code", 1 if isinstance(error, StatusError) else 2)
     sys.exit(code)
 
 
