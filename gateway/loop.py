@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-import os
 import select
 import signal
 import socket
@@ -154,9 +153,8 @@ def wait_readable(fd: int, timeout: float) -> bool:
     return bool(poll.poll(max(timeout, 0.0) * 1000))
 
 
-def close_quietly(fd: int) -> None:
-    """Close a descriptor that may be closed already."""
-    try:
-        os.close(fd)
-    except OSError:
-        pass
+def has_ended(fd: int) -> bool:
+    """Tell whether the other end of a descriptor is gone, or the device behind it."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))

@@ -21,7 +21,7 @@ from gateway.cpus import usable_cpus
 from gateway.device import Device, DeviceError, open_device, was_made
 from gateway.figures import status
 from gateway.health import ProxyHealth, ProxyProbe
-from gateway.loop import EventLoop, wait_readable
+from gateway.loop import EventLoop, has_ended, wait_readable
 from gateway.notify import notify
 from gateway.privileges import (
     identity_for,
@@ -197,7 +197,7 @@ class Supervisor:
             clear=self._clear,
             on_ready=self._ready,
             on_event=self._event,
-            on_death=self._health.forget,
+            on_death=self._lost,
         )
         self._private.append(self._tree)
 
@@ -220,7 +220,8 @@ class Supervisor:
         what = f"{device.name} ({address}MTU {device.mtu}) → {self._proxy}, {workers}, {config.placement}"
         log.info("ready: %s", what)
         notify(f"READY=1\nSTATUS={what}")
-        if self._probe is not None:
+        # Without an address the lookup has warned, and the probe follows when there is one.
+        if self._probe is not None and self._lookup is not None and self._lookup.addresses:
             self._probe.start()
 
     def _signalled(self, number: signal.Signals) -> None:
@@ -239,11 +240,17 @@ class Supervisor:
         elif event == "proxy-up":
             self._health.is_up()
 
+    def _lost(self, process: Process) -> None:
+        self._health.forget(process)
+        # Nobody can be started again on a device that somebody removed.
+        if process.role.keeps_device and has_ended(self._device.fileno()):
+            self._tree.fail(f"the device {self._device.name} is gone")
+
     def _new_addresses(self, addresses: Addresses) -> None:
         self._setup = replace(self._setup, settings=replace(self._setup.settings, proxy_addresses=addresses))
         receivers = tuple(process.role.name for process in self._tree.processes if process.role.keeps_upstream_rights)
         self._tree.broadcast({"do": "proxy-addresses", "addresses": [list(each) for each in addresses]}, receivers)
-        if self._probe is not None and self._health.down:
+        if self._probe is not None:
             self._probe.start()
 
     def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -385,8 +385,8 @@ def listener(tmp_path):
 
 
 @contextlib.contextmanager
-def running(config: Config, **mains):
-    child = fork_child("supervisor", supervise(config, **mains), let_go=lambda: None, drop_rights=False)
+def running(config: Config, let_go=lambda: None, **mains):
+    child = fork_child("supervisor", supervise(config, **mains), let_go=let_go, drop_rights=False)
     try:
         yield child
     finally:
@@ -451,6 +451,20 @@ def test_children_die_with_a_killed_supervisor(device, listener, tmp_path, monke
     with running(config) as child:  # the socket that was left behind is in nobody's way
         notification()
         assert ask(control, {"command": "status"})["uptime"] < WAIT
+
+
+def test_a_device_that_is_gone_ends_the_service(listener, tmp_path, monkeypatch):
+    path, notification = listener
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control = tmp_path / "x.sock"
+    config = Config(proxy="direct://", device=f"fd://{theirs.fileno()}", workers=1, control=str(control))
+    with theirs, running(config, let_go=ours.close) as child:
+        notification()
+        reader = next(p for p in ask(control, {"command": "status"})["processes"] if p["role"] == "reader")
+        ours.close()
+        os.kill(reader["pid"], signal.SIGKILL)
+        assert exit_code(child) == 1
 
 
 def test_death_at_the_start_is_exit_1(device, tmp_path):
