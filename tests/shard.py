@@ -5,8 +5,11 @@ Frames are put into RX memory with `receive`, what is transmitted is collected i
 
 import select
 import socket
+import struct
 import time
 from mmap import mmap
+
+import dpkt
 
 from ipc.layout import FRAME_SIZE, TX_LARGE, TX_SMALL, TX_SMALL_BASE
 from ipc.pool import FramePool
@@ -15,6 +18,8 @@ from workers.icmp import Icmp
 from workers.settings import Settings
 from workers.timers import Timers
 from workers.upstream import Upstream
+from workers.wire.checksum import checksum, verify
+from workers.wire.vnet import GSO_NONE, GSO_UDP_L4, HEADER, NEEDS_CSUM
 
 OWN4 = socket.inet_pton(socket.AF_INET, "198.18.0.2")
 OWN6 = socket.inet_pton(socket.AF_INET6, "fd72:6e67:7761:7900::2")
@@ -124,3 +129,62 @@ class Shard:
         self._epoll.close()
         assert len(self.port.large.free) == TX_LARGE
         assert len(self.port.small.free) == TX_SMALL
+
+
+CLIENT4 = socket.inet_pton(socket.AF_INET, "198.18.0.1")
+CLIENT6 = socket.inet_pton(socket.AF_INET6, "fd72:6e67:7761:7900::1")
+FROM_KERNEL = b"\x01" + bytes(
+    9
+)  #: a virtio_net_hdr with NEEDS_CSUM: the checksum was left out, and need not be verified
+
+
+def udp_packet(payload, source=CLIENT4, sport=1000, destination=b"\x08\x08\x08\x08", dport=99, **ip):
+    """Return an IP packet with a datagram, written by dpkt, with all checksums."""
+    udp = dpkt.udp.UDP(sport=sport, dport=dport, data=payload, ulen=8 + len(payload))
+    if len(source) == 4:
+        return bytes(dpkt.ip.IP(**{"src": source, "dst": destination, "p": 17, "ttl": 64, "data": udp} | ip))
+    return bytes(
+        dpkt.ip6.IP6(**{"src": source, "dst": destination, "nxt": 17, "plen": len(udp), "hlim": 64, "data": udp} | ip)
+    )
+
+
+def datagrams(frame):
+    """Return (source, sport, destination, dport, payload) of each datagram in a frame, all of its fields verified."""
+    flags, gso_type, _, gso_size, csum_start, csum_offset = HEADER.unpack_from(frame)
+    packet = frame[VNET:]
+    if packet[0] >> 4 == 4:
+        ip = dpkt.ip.IP(packet)
+        assert verify(packet[:20])
+        assert ip.len == len(packet)
+        assert ip.df and not ip.mf and not ip.offset
+        size = 20
+    else:
+        ip = dpkt.ip6.IP6(packet)
+        assert ip.plen == len(packet) - 40
+        size = 40
+    udp = packet[size:]
+    assert (flags, csum_start, csum_offset) == (NEEDS_CSUM, size, 6)
+    sport, dport, length, field = struct.unpack_from(">HHHH", udp)
+    assert length == len(udp)
+    # The field holds the sum of the pseudo-header; dpkt's own checksum says what the device makes of it.
+    ip.data.sum = 0
+    right = dpkt.udp.UDP(bytes(type(ip)(bytes(ip)).data)).sum if len(udp) > 8 else None
+    completed = checksum(udp[:6] + bytes(2) + udp[8:], field)
+    assert right is None or (right or 65535) == (completed or 65535)
+    payload = udp[8:]
+    if gso_type == GSO_NONE:
+        assert gso_size == 0
+        cut = [payload]
+    else:
+        assert gso_type == GSO_UDP_L4
+        assert len(packet) <= 65535
+        cut = [payload[at : at + gso_size] for at in range(0, len(payload), gso_size)]
+        assert 1 < len(cut) <= 64
+    return [(ip.src, sport, ip.dst, dport, each) for each in cut]
+
+
+def unreachable(frame):
+    """Return type, code and the quoted packet of an ICMP error."""
+    packet = frame[VNET:]
+    at = 20 if packet[0] >> 4 == 4 else 40
+    return packet[at], packet[at + 1], packet[at + 8 :]

@@ -118,14 +118,13 @@ class Udp:
             flow.size = size
             self._waiting.append(flow)
         elif size != flow.size:
-            if size > flow.size or len(pieces) == MAX_SEGMENTS:
+            if size > flow.size or len(pieces) == MAX_SEGMENTS or not size:
                 self._leave(flow, now)
                 flow.size = size
                 flow.pieces.append(self._rx_view[begin:end])
             else:  # the shorter last one
                 pieces.append(self._rx_view[begin:end])
                 self._leave(flow, now)
-                flow.size = 0  # whatever comes next does not fit it
             return
         elif len(pieces) == MAX_SEGMENTS or (len(pieces) + 1) * size > MAX_SEGMENTED:
             self._leave(flow, now)
@@ -162,7 +161,7 @@ class Udp:
                     association.send(pieces[0])
                 else:
                     association.sendto(pieces[0], flow.address)
-            elif flow.size <= association.segment_limit:
+            elif 0 < flow.size <= association.segment_limit:
                 association.sendmsg(
                     pieces, self._ancillary.get(flow.size) or self._segments(flow.size), 0, flow.address
                 )
