@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Final
 
+from setproctitle import setproctitle
+
 from gateway.config import Config, control_path
 from gateway.control import AlreadyRunning, ControlError, ControlServer
 from gateway.cpus import usable_cpus
@@ -78,6 +80,8 @@ class Supervisor:
     def run(self) -> int:
         """Run until stopped; return 0 if that was asked for, else 1. ConfigError, DeviceError: nothing was started."""
         config = self.config
+        # Also hides the command line, which may hold the proxy's password.
+        setproctitle("ringway: supervisor")
         if os.environ.get("PYTHONHASHSEED", "random") != "random":
             log.warning("PYTHONHASHSEED is set: whoever knows it can aim all flows at one worker; unset it")
         probe_upstream_rights(config.fwmark, config.interface)
