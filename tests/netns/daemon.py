@@ -32,7 +32,7 @@ class Ringway:
 
     def __init__(
         self,
-        world: World,
+        world: World | None,
         *flags: str,
         device: str = "tun://tun0",
         namespace: Namespace | None = None,
@@ -41,7 +41,9 @@ class Ringway:
         routes: bool = True,
     ) -> None:
         self._world = world
-        self._namespace = namespace or world.gw
+        chosen = namespace or (world.gw if world else None)
+        assert chosen is not None
+        self._namespace = chosen
         self._directory = Path(tempfile.mkdtemp(prefix="ringway-test-"))
         self.control = self._directory / "control.sock"
         self._log = self._directory / "log"
@@ -70,7 +72,7 @@ class Ringway:
             if wait:
                 eventually(lambda: self._told_ready(notify), f"{' '.join(self.argv)} says READY=1", START_WITHIN)
                 self._known = {process.pid for process in self.tree()}
-                if self._routes and self._device.startswith("tun://"):
+                if self._world and self._routes and self._device.startswith("tun://"):
                     self._world.route_into(self._device.removeprefix("tun://"))
         return self
 

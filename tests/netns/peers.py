@@ -39,7 +39,9 @@ class Peer:
 
     name: str
     programs: tuple[str, ...]  #: what must be installed
-    prepare: Callable[[Path], list[list[str]]]  #: writes files into the directory, returns the commands
+    prepare: Callable[
+        [Path, str], list[list[str]]
+    ]  #: writes files into the directory, returns commands for the address
     udp: bool = False
     ipv6: bool = True  #: reaches IPv6 targets by TCP
     udp_ipv6: bool = False
@@ -57,15 +59,16 @@ def require(peer: Peer, *programs: str) -> None:
 class RunningPeer:
     """The processes of one peer, from start to stop."""
 
-    def __init__(self, peer: Peer, namespace: Namespace) -> None:
+    def __init__(self, peer: Peer, namespace: Namespace, host: str = NET_GW4) -> None:
         self.peer = peer
+        self.host = host
         self._namespace = namespace
         self._directory = tempfile.TemporaryDirectory(prefix=f"ringway-{peer.name}-")
         path = Path(self._directory.name)
         # Servers drop to a user of their own and read their files as that one.
         path.chmod(0o755)
         self._log = path / "log"
-        self._commands = peer.prepare(path)
+        self._commands = peer.prepare(path, host)
         self._processes: list[subprocess.Popen[bytes]] = []
         self.start()
 
@@ -74,7 +77,7 @@ class RunningPeer:
         from urllib.parse import quote
 
         login = f"{quote(USER, safe='')}:{quote(PASSWORD, safe='')}@" if self.peer.authentication else ""
-        return f"socks5://{login}{NET_GW4}:{PORT}"
+        return f"socks5://{login}{self.host}:{PORT}"
 
     def start(self) -> None:
         with open(self._log, "ab") as log:
@@ -82,7 +85,7 @@ class RunningPeer:
                 program = find(command[0]) or command[0]
                 self._processes.append(self._namespace.popen([program, *command[1:]], stdout=log, stderr=log))
         try:
-            eventually(self._listens, f"{self.peer.name} listens on {NET_GW4}:{PORT}", 10.0)
+            eventually(self._listens, f"{self.peer.name} listens on {self.host}:{PORT}", 10.0)
         except BaseException:
             print(self._log.read_text(errors="replace"))
             self.close()
@@ -93,7 +96,7 @@ class RunningPeer:
             if process.poll() is not None:
                 pytest.fail(f"{self.peer.name} ended: {process.args!r}\n{self._log.read_text(errors='replace')}")
         with self._namespace.socket() as trial:
-            return trial.connect_ex((NET_GW4, PORT)) == 0
+            return trial.connect_ex((self.host, PORT)) == 0
 
     def stop(self) -> None:
         """End the processes; `start` brings them back."""
@@ -117,12 +120,12 @@ class RunningPeer:
         self.close()
 
 
-def _dante(directory: Path) -> list[list[str]]:
+def _dante(directory: Path, host: str) -> list[list[str]]:
     (directory / "danted.conf").write_text(
         f"""
 logoutput: stderr
-internal: {NET_GW4} port = {PORT}
-external: {NET_GW4}
+internal: {host} port = {PORT}
+external: {host}
 external: {NET_GW6}
 clientmethod: none
 socksmethod: none
@@ -144,11 +147,11 @@ socks pass {{
     return [["danted", "-f", str(directory / "danted.conf"), "-N", "1"]]
 
 
-def _shadowsocks(directory: Path) -> list[list[str]]:
+def _shadowsocks(directory: Path, host: str) -> list[list[str]]:
     common = {"password": "barfoo", "method": "aes-128-gcm", "timeout": 60, "server_port": 8388, "mode": "tcp_and_udp"}
-    (directory / "server.json").write_text(json.dumps(common | {"server": [NET_GW4]}))
+    (directory / "server.json").write_text(json.dumps(common | {"server": [host]}))
     (directory / "local.json").write_text(
-        json.dumps(common | {"server": NET_GW4, "local_address": NET_GW4, "local_port": PORT})
+        json.dumps(common | {"server": host, "local_address": host, "local_port": PORT})
     )
     return [
         ["ss-server", "-c", str(directory / "server.json"), "-6"],
@@ -156,9 +159,9 @@ def _shadowsocks(directory: Path) -> list[list[str]]:
     ]
 
 
-def _v2ray(directory: Path) -> list[list[str]]:
+def _v2ray(directory: Path, host: str) -> list[list[str]]:
     inbound = {
-        "listen": NET_GW4,
+        "listen": host,
         "port": PORT,
         "protocol": "socks",
         "settings": {"auth": "noauth", "udp": True, "ip": "10.9.9.9"},
@@ -169,19 +172,19 @@ def _v2ray(directory: Path) -> list[list[str]]:
     return [["v2ray", "-config", str(directory / "config.json")]]
 
 
-def _asyncio(directory: Path) -> list[list[str]]:
-    return [[str(Path(sys.executable).with_name("asyncio_socks_server")), "-H", NET_GW4, "-P", str(PORT)]]
+def _asyncio(directory: Path, host: str) -> list[list[str]]:
+    return [[str(Path(sys.executable).with_name("asyncio_socks_server")), "-H", host, "-P", str(PORT)]]
 
 
-def _microsocks(directory: Path) -> list[list[str]]:
-    return [["microsocks", "-i", NET_GW4, "-p", str(PORT)]]
+def _microsocks(directory: Path, host: str) -> list[list[str]]:
+    return [["microsocks", "-i", host, "-p", str(PORT)]]
 
 
-def _microsocks_password(directory: Path) -> list[list[str]]:
-    return [["microsocks", "-i", NET_GW4, "-p", str(PORT), "-u", USER, "-P", PASSWORD]]
+def _microsocks_password(directory: Path, host: str) -> list[list[str]]:
+    return [["microsocks", "-i", host, "-p", str(PORT), "-u", USER, "-P", PASSWORD]]
 
 
-def _ssh(directory: Path) -> list[list[str]]:
+def _ssh(directory: Path, host: str) -> list[list[str]]:
     for name in ("host", "user"):
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)],
@@ -195,7 +198,7 @@ def _ssh(directory: Path) -> list[list[str]]:
     (directory / "sshd_config").write_text(
         f"""
 Port 2222
-ListenAddress {NET_GW4}
+ListenAddress {host}
 HostKey {directory}/host
 AuthorizedKeysFile {directory}/authorized
 StrictModes no
@@ -211,14 +214,14 @@ PidFile none
     }.items()]  # fmt: skip
     return [
         [find("sshd") or "sshd", "-D", "-e", "-f", str(directory / "sshd_config")],
-        ["ssh", "-F", "none", "-N", "-D", f"{NET_GW4}:{PORT}", "-i", str(directory / "user"), "-p", "2222"]
+        ["ssh", "-F", "none", "-N", "-D", f"{host}:{PORT}", "-i", str(directory / "user"), "-p", "2222"]
         + [word for option in options for word in ("-o", option)]
-        + [f"{pwd.getpwuid(os.getuid()).pw_name}@{NET_GW4}"],
+        + [f"{pwd.getpwuid(os.getuid()).pw_name}@{host}"],
     ]
 
 
-def _embedded(directory: Path) -> list[list[str]]:
-    return [[*RINGWAY, "proxy", "--listen", f"{NET_GW4}:{PORT}"]]
+def _embedded(directory: Path, host: str) -> list[list[str]]:
+    return [[*RINGWAY, "proxy", "--listen", f"{host}:{PORT}"]]
 
 
 EMBEDDED: Final = Peer("embedded", (), _embedded, udp=True, udp_ipv6=True)

@@ -395,6 +395,7 @@ def test_a_gateway_that_dies_ends_the_command(shared: World) -> None:
         assert process.wait(WITHIN) == 1
         assert process.stderr is not None
         assert b"the gateway ended with status -9; stopping the command" in process.stderr.read()
+        assert not leftovers(process.pid)
 
 
 def test_many_at_a_time(shared: World) -> None:

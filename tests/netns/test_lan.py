@@ -65,7 +65,7 @@ def test_lan_with_masquerade_and_mss_clamp(world: World) -> None:
     lan = world.lan
     clamp = "tcp flags syn tcp option maxseg size set rt mtu"
     track = "ct state established,related accept"
-    rules = f"table inet t {{ chain f {{ type filter hook forward priority 0; {clamp}; {track}; }} }}"
+    rules = f"table inet t {{ chain f {{ type filter hook forward priority 0; {clamp}; {track}; }}; }}"
     done = world.gw.run([need("nft"), rules])
     if done.returncode != 0:
         pytest.skip(f"this kernel has no nftables connection tracking: {done.stderr.strip().splitlines()[0]}")

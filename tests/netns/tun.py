@@ -26,6 +26,8 @@ def open_tun(
     mtu: int = 1500,
     vnet_header: bool = True,
     offloads: tuple[int, ...] = ALL_OFFLOADS,
+    address4: str = "198.18.0.1/15",
+    address6: str = "fd72:6e67:7761:7900::1/64",
 ) -> int:
     """Make a TUN device in a namespace, with addresses and up; return its descriptor, which the caller closes.
 
@@ -47,8 +49,8 @@ def open_tun(
                     continue
         namespace.ip(
             f"link set {name} mtu {mtu}",
-            f"addr add 198.18.0.1/15 dev {name}",
-            *([f"addr add fd72:6e67:7761:7900::1/64 dev {name} nodad"] if mtu >= 1280 else []),
+            f"addr add {address4} dev {name}",
+            *([f"addr add {address6} dev {name} nodad"] if address6 and mtu >= 1280 else []),
             f"link set {name} up",
         )
     except BaseException:

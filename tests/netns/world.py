@@ -250,7 +250,8 @@ class World:
             f"-6 route add unicast {SILENT6}/128 dev nowhere table local",
             f"route add unreachable {UNREACHABLE4}/32 table local",
             f"-6 route add unreachable {UNREACHABLE6}/128 table local",
-            "route add 192.168.7.0/24 via " + GW_NET4,
+            f"route add 192.168.7.0/24 via {GW_NET4}",
+            f"-6 route add fd00:7::/64 via {GW_NET6}",
         )
 
     @property

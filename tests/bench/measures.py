@@ -1,0 +1,275 @@
+"""How each row of the benchmark is measured; a measure returns its figures by name, the first of them the row's own.
+
+| measure | by | figures |
+| --- | --- | --- |
+| tcp-up, -down, -up-8, -down-8 | iperf3, 1 and 8 streams, what the receiver got | Gbit/s, CPU seconds for a Gbit |
+| lan-up, lan-down | the same from the LAN behind the client's namespace | the same |
+| ping-pong-tcp, ping-pong-udp | one byte there and back, one at a time | p50, p99 |
+| connections | two clients of 16 connections each: connect, HTTP/1.0 request, answer, end | per second, p50, p99, CPU |
+| connections-wrk | wrk with `Connection: close`: a client in C, 32 at a time | per second |
+| http | wrk, 64 kept-alive connections, nginx | requests per second, CPU for each |
+| udp-64, udp-1400 | echo at a fixed rate, the highest with ≤ 1 % lost there and back | per second, CPU for each |
+| idle | a fresh gateway with two workers and nothing to do | PSS, CPU share, wakeups of the busiest process |
+| idle-5000 | the same with 5,000 idle TCP connections | PSS for each connection, CPU share, wakeups |
+
+CPU is that of all the gateway's processes, not of proxies, clients and targets. The UDP row compares fairly because
+nothing about it helps either side: one system call for each datagram in client and echo, one socket, and the same two
+cores for client, echo, gateway and kernel; in `direct` client and echo alone fill them. Ping-pong has two regimes: the
+scheduler puts both ends on one core, where a wakeup costs little, or on two; the spread over the rounds shows it.
+"""
+
+import json
+import select
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tests.bench.processes import pss, usage
+from tests.bench.subjects import NotMeasurable, Subject, parse
+from tests.bench.topology import (
+    HOLD_PORT,
+    HTTP_PORT,
+    IPERF_PORT,
+    TCP_ECHO_PORT,
+    UDP_ECHO_PORT,
+    Topology,
+    traffic_command,
+)
+from tests.netns.world import Namespace, eventually
+from tests.peers import find
+
+Figures = dict[str, float]
+IDLE_CONNECTIONS: Final = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A row: its figure, its unit, and the floor that the project holds itself to."""
+
+    name: str
+    figure: str
+    unit: str
+    run: Callable[[Topology, Subject, float], Figures]
+    floor: float | None = None  #: a ratio to `direct`, or an absolute value where `direct` has none
+    lower_is_better: bool = False
+    absolute: bool = False  #: measured on gateways alone
+
+
+def _program(name: str) -> str:
+    found = find(name)
+    if found is None:
+        raise NotMeasurable(f"{name} is not installed")
+    return found
+
+
+def _wrapped(subject: Subject, *argv: str) -> list[str]:
+    """Put what speaks SOCKS in front of a program that does not."""
+    if subject.proxy and not subject.wrapper:
+        raise NotMeasurable("proxychains4 is not installed")
+    return [*subject.wrapper, *argv]
+
+
+def _json_of(namespace: Namespace, argv: list[str], seconds: float) -> Any:
+    done = namespace.run(argv, timeout=seconds + 20)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
+        raise RuntimeError(f"{argv[0]} ended with {done.returncode}: {last[0]}") from None
+
+
+class _CpuOf:
+    """Measures the CPU seconds that the gateway's processes use inside a `with` block."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._ringway = subject.ringway
+        self.seconds = 0.0
+
+    def __enter__(self) -> "_CpuOf":
+        if self._ringway:
+            self._before = usage(self._ringway.tree())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ringway:
+            self.seconds = usage(self._ringway.tree()).cpu_since(self._before)
+
+    def per(self, name: str, count: float, scale: float = 1.0) -> Figures:
+        return {name: self.seconds / count * scale} if self._ringway and count else {}
+
+
+def _iperf(*flags: str, lan: bool = False) -> Callable[[Topology, Subject, float], Figures]:
+    def run(topology: Topology, subject: Subject, seconds: float) -> Figures:
+        if lan and subject.proxy:
+            raise NotMeasurable("the LAN row has no SOCKS client")
+        argv = _wrapped(subject, _program("iperf3"), "-c", subject.target, "-p", str(IPERF_PORT), "-J", *flags)
+        with _CpuOf(subject) as cpu:
+            report = _json_of(
+                topology.lan if lan else topology.client, [*argv, "-t", f"{max(1, round(seconds))}"], seconds
+            )
+        if "error" in report:
+            raise RuntimeError(f"iperf3: {report['error']}")
+        received = report["end"]["sum_received"]
+        gigabits = received["bytes"] * 8 / 1e9
+        return {
+            "gbit_s": gigabits / report["end"]["sum_sent"]["seconds"],
+            **cpu.per("cpu_s_per_gbit", gigabits),
+            "retransmits": report["end"]["sum_sent"].get("retransmits", 0),
+        }
+
+    return run
+
+
+def _ping_pong(kind: str) -> Callable[[Topology, Subject, float], Figures]:
+    def run(topology: Topology, subject: Subject, seconds: float) -> Figures:
+        _udp_allowed(subject, kind)
+        port = TCP_ECHO_PORT if kind == "tcp" else UDP_ECHO_PORT
+        argv = traffic_command("ping-pong", kind, subject.target, str(port), f"{seconds / 2}", *subject.socks_flags)
+        figures: Figures = _json_of(topology.client, argv, seconds)
+        return figures
+
+    return run
+
+
+def _udp_allowed(subject: Subject, kind: str) -> None:
+    if kind == "udp" and not subject.has_udp:
+        raise NotMeasurable("the proxy has no UDP")
+
+
+def _connections(topology: Topology, subject: Subject, seconds: float) -> Figures:
+    argv = traffic_command("connections", subject.prefix, str(HTTP_PORT), f"{seconds}", "16", *subject.socks_flags)
+    with _CpuOf(subject) as cpu:
+        clients = [topology.client.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+        outputs = []
+        try:
+            for client in clients:
+                outputs.append(client.communicate(timeout=seconds + 20))
+        finally:
+            for client in clients:
+                client.kill()
+                client.communicate()
+    if any(client.returncode for client in clients):
+        raise RuntimeError(outputs[0][1].decode().strip().splitlines()[-1])
+    reports = [json.loads(output) for output, _ in outputs]
+    return {
+        "per_second": sum(report["per_second"] for report in reports),
+        "p50_us": sum(report["p50_us"] for report in reports) / 2,
+        "p99_us": max(report["p99_us"] for report in reports),
+        **cpu.per("cpu_us_each", sum(report["count"] for report in reports), 1e6),
+        "failed": sum(report["failed"] for report in reports),
+    }
+
+
+def _wrk(*flags: str) -> Callable[[Topology, Subject, float], Figures]:
+    def run(topology: Topology, subject: Subject, seconds: float) -> Figures:
+        if "close" in " ".join(flags) and subject.proxy:
+            raise NotMeasurable("proxychains4 would connect one at a time")
+        url = f"http://{subject.target}:{HTTP_PORT}/"
+        argv = _wrapped(subject, _program("wrk"), "-d", f"{max(1, round(seconds))}", *flags, url)
+        with _CpuOf(subject) as cpu:
+            done = topology.client.run(argv, timeout=seconds + 20)
+        lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+        if "Requests/sec:" not in lines:
+            raise RuntimeError(f"wrk ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-100:]}")
+        requests = next(int(line.split()[0]) for line in done.stdout.splitlines() if " requests in " in line)
+        errors = [line.strip() for line in done.stdout.splitlines() if "errors" in line or "Non-2xx" in line]
+        figures = {"per_second": float(lines["Requests/sec:"].split()[1]), **cpu.per("cpu_us_each", requests, 1e6)}
+        if errors:
+            figures["failed"] = sum(int(word.strip(",")) for word in errors[0].split() if word.strip(",").isdigit())
+        return figures
+
+    return run
+
+
+def _udp_rate(size: int) -> Callable[[Topology, Subject, float], Figures]:
+    def run(topology: Topology, subject: Subject, seconds: float) -> Figures:
+        _udp_allowed(subject, "udp")
+        flags = [subject.target, str(UDP_ECHO_PORT), str(size), f"{seconds / 6}", *subject.socks_flags]
+        with _CpuOf(subject) as cpu:
+            figures: Figures = _json_of(topology.client, traffic_command("udp-rate", *flags), seconds * 6)
+        return figures | cpu.per("cpu_us_each", figures.pop("count", 0), 1e6)
+
+    return run
+
+
+def _fresh_gateway(topology: Topology, subject: Subject) -> Subject:
+    """Start a gateway of the subject's kind for itself: PSS shall not hold what earlier rows left."""
+    _, placement, proxy = parse(subject.name)
+    if proxy or subject.ringway is None:
+        raise NotMeasurable("measured with direct:// only")
+    workers = ("--workers", "2") if placement == "pipeline" else ()
+    ringway, prefix = topology.start_gateway("-p", "direct://", "--placement", placement, *workers)
+    return Subject(subject.name, prefix, ringway=ringway)
+
+
+def _resting(subject: Subject, seconds: float) -> Figures:
+    """Measure CPU and wakeups of a gateway that nobody uses."""
+    assert subject.ringway is not None
+    processes = subject.ringway.tree()
+    before = usage(processes)
+    select.select([], [], [], seconds)  # the measuring time itself
+    after = usage(processes)
+    return {
+        "cpu_percent": after.cpu_since(before) / (after.at - before.at) * 100,
+        "wakeups_s": max(after.wakeups_since(before).values()),
+    }
+
+
+def _idle(topology: Topology, subject: Subject, seconds: float) -> Figures:
+    fresh = _fresh_gateway(topology, subject)
+    assert fresh.ringway is not None
+    try:
+        # Start is over when a second passes without CPU.
+        eventually(lambda: _resting(fresh, 0.5)["cpu_percent"] < 2, "the gateway rests", 10)
+        return {"pss_mb": pss(fresh.ringway.tree()) / 1e6, **_resting(fresh, max(seconds, 2.0))}
+    finally:
+        fresh.ringway.stop()
+
+
+def _idle_connections(topology: Topology, subject: Subject, seconds: float) -> Figures:
+    fresh = _fresh_gateway(topology, subject)
+    assert fresh.ringway is not None
+    client = None
+    try:
+        eventually(lambda: _resting(fresh, 0.5)["cpu_percent"] < 2, "the gateway rests", 10)
+        before = pss(fresh.ringway.tree())
+        argv = traffic_command("idle", fresh.target, str(HOLD_PORT), str(IDLE_CONNECTIONS))
+        with topology.client.inside():
+            client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert client.stdout is not None
+        readable, _, _ = select.select([client.stdout], [], [], 60)
+        line = client.stdout.readline() if readable else b""
+        if not line:
+            raise RuntimeError(f"5,000 connections were not open within a minute; flows: {fresh.ringway.flows()}")
+        eventually(lambda: _resting(fresh, 0.5)["cpu_percent"] < 5, "the gateway rests again", 20)
+        after = pss(fresh.ringway.tree())
+        return {
+            "kb_each": (after - before) / IDLE_CONNECTIONS / 1e3,
+            "pss_mb": after / 1e6,
+            **_resting(fresh, max(seconds, 2.0)),
+        }
+    finally:
+        if client is not None:
+            client.kill()
+            client.communicate()
+        fresh.ringway.stop()
+
+
+MEASURES: Final[tuple[Measure, ...]] = (
+    Measure("tcp-up", "gbit_s", "Gbit/s", _iperf(), 0.15),
+    Measure("tcp-down", "gbit_s", "Gbit/s", _iperf("-R"), 0.20),
+    Measure("tcp-up-8", "gbit_s", "Gbit/s", _iperf("-P", "8"), 0.15),
+    Measure("tcp-down-8", "gbit_s", "Gbit/s", _iperf("-P", "8", "-R"), 0.20),
+    Measure("ping-pong-tcp", "p50_us", "µs", _ping_pong("tcp"), 3.5, lower_is_better=True),
+    Measure("ping-pong-udp", "p50_us", "µs", _ping_pong("udp"), lower_is_better=True),
+    Measure("connections", "per_second", "1/s", _connections, 0.15),
+    Measure("connections-wrk", "per_second", "1/s", _wrk("-t", "2", "-c", "32", "-H", "Connection: close")),
+    Measure("http", "per_second", "1/s", _wrk("-t", "1", "-c", "64"), 0.28),
+    Measure("udp-64", "per_second", "1/s", _udp_rate(64), 0.30),
+    Measure("udp-1400", "per_second", "1/s", _udp_rate(1400)),
+    Measure("lan-up", "gbit_s", "Gbit/s", _iperf(lan=True), 0.15),
+    Measure("lan-down", "gbit_s", "Gbit/s", _iperf("-R", lan=True), 0.15),
+    Measure("idle", "pss_mb", "MB", _idle, 60.0, lower_is_better=True, absolute=True),
+    Measure("idle-5000", "kb_each", "KB", _idle_connections, 12.0, lower_is_better=True, absolute=True),
+)
