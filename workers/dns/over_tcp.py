@@ -17,8 +17,8 @@ from dpkt import UnpackError
 from dpkt.dns import DNS, DNS_OPT, DNS_QR, DNS_RA, DNS_RCODE_SERVFAIL, DNS_RD, DNS_TC, unpack_name
 
 from workers import counts
+from workers.proxyconnection import CLOSED, ProxyConnection
 from workers.socks.wire import CONNECT, Host
-from workers.udp.control import CLOSED, ControlConnection
 from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, split_key
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Resolver:
         self._dns = dns
         self.host = host  #: packed address
         self.port = port
-        self._connection: ControlConnection | None = None
+        self._connection: ProxyConnection | None = None
         self._is_open = False
         self._outstanding: dict[int, Query] = {}
         self._next_id = 0
@@ -150,7 +150,7 @@ class Resolver:
 
     def _connect(self, now: float) -> None:
         try:
-            self._connection = ControlConnection(self._dns.worker, self, CONNECT, self.host, self.port)
+            self._connection = ProxyConnection(self._dns.worker, self, CONNECT, self.host, self.port)
         except OSError:
             self._fail_all()
 

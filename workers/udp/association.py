@@ -13,10 +13,9 @@ from functools import partial
 from select import EPOLLIN
 from typing import TYPE_CHECKING, Final
 
-from workers import counts
+from workers import counts, proxyconnection
+from workers.proxyconnection import ProxyConnection, proxy_unreachable
 from workers.socks.wire import UDP_ASSOCIATE, Host
-from workers.udp import control
-from workers.udp.control import ControlConnection, proxy_unreachable
 from workers.udp.relayaddress import relay_address
 from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, DatagramHeaders
 
@@ -85,7 +84,7 @@ class Association:
         self.quiet = 0  #: events with one answer that are not worth a second look
         self.quiet_next = 1
         self._started_at = now
-        self._control: ControlConnection | None = None
+        self._control: ProxyConnection | None = None
         self._socket: socket.socket | None = None
         self._waiting: list[tuple[Flow, bytes]] = []
         self._waiting_octets = 0
@@ -96,7 +95,7 @@ class Association:
         """Ask the proxy for UDP ASSOCIATE. OSError when that cannot even begin."""
         worker = self._udp.worker
         # Zeros as address and port: we do not know what the proxy will see, and servers enforce what they are told.
-        self._control = ControlConnection(worker, self, UDP_ASSOCIATE, b"", 0)
+        self._control = ProxyConnection(worker, self, UDP_ASSOCIATE, b"", 0)
         worker.timers.call_at(self._started_at + worker.settings.connect_timeout, self._timeout)
 
     def open_direct(self, now: float) -> None:
@@ -178,11 +177,11 @@ class Association:
     def lost(self, why: int, now: float) -> None:
         """The control connection ended, and with it the association (RFC 1928, 7)."""
         udp = self._udp
-        if why == control.CLOSED:
+        if why == proxyconnection.CLOSED:
             if now - self._started_at < _SHORT_LIFE:
                 udp.availability.is_down(now)
             self._end(now)
-        elif why == control.CLOSED_AT_REQUEST:
+        elif why == proxyconnection.CLOSED_AT_REQUEST:
             self._fail(udp.availability.no_udp(now), now)
         else:
             self._fail(udp.availability.is_down(now), now)

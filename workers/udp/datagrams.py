@@ -8,13 +8,15 @@ UDP_SEGMENT if their lengths are equal (a shorter one may be last).
 from __future__ import annotations
 
 import socket
-from errno import ECONNREFUSED, EHOSTUNREACH, EINVAL, EIO, EMSGSIZE, ENETUNREACH
+from errno import ECONNREFUSED, EHOSTUNREACH, EINVAL, EIO, EMFILE, EMSGSIZE, ENETUNREACH, ENFILE
+from itertools import islice
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from workers import counts
 from workers.dns.over_tcp import DnsOverTcp
 from workers.icmp import ADMIN, HOST, NET, PORT
+from workers.proxyconnection import proxy_unreachable
 from workers.public import is_public
 from workers.socks.wire import write_datagram_header
 from workers.udp.answers import Answers
@@ -232,8 +234,6 @@ class Udp:
         ancillary = self._ancillary[size] = [(SOL_UDP, UDP_SEGMENT, _U16.pack(size))]
         return ancillary
 
-    # ── when it does not go smoothly ────────────────────────────────────────────────────────────────────────────
-
     def send_copy(self, flow: Flow, payload: bytes, now: float) -> None:
         """Send one datagram of a flow from memory of its own."""
         self._send_singly(flow, [memoryview(flow.header + payload)], now)
@@ -307,25 +307,26 @@ class Udp:
     def _new_flow(self, key: bytes, payload: int, end: int, now: float) -> Flow | None:
         """Return a flow for this key, or None if its datagram was refused and counted."""
         source, source_port, destination, port = split_key(key)
+        datagram = self._rx[payload:end]
         if destination[0] == 0xFF or (len(destination) == 4 and destination[0] >= 224):
             self._count[counts.UDP_DROPPED_MULTICAST] += 1
             return None
         if destination in self._own:  # nothing of ours listens
-            self.worker.icmp.unreachable(packet_of(key, self._rx[payload:end][:QUOTED]), PORT)
+            self.worker.icmp.unreachable(packet_of(key, datagram[:QUOTED]), PORT)
             self._count[counts.UDP_DROPPED_REFUSED] += 1
             return None
         if self._public_only and not is_public(destination):
             self._count[counts.NOT_PUBLIC] += 1
-            self.worker.icmp.unreachable(packet_of(key, self._rx[payload:end][:QUOTED]), ADMIN)
+            self.worker.icmp.unreachable(packet_of(key, datagram[:QUOTED]), ADMIN)
             return None
         client = source + source_port.to_bytes(2, "big")
         association = self._associations.get(client)
         if association is None:
             code = self.availability.refused(now)
             if code is not None:
-                self.undelivered(key, self._rx[payload:end], code, now)
+                self.undelivered(key, datagram, code, now)
                 return None
-            association = self._new_association(client, now)
+            association = self._new_association(client, key, datagram, now)
             if association is None:
                 return None
         if port != DNS_PORT:
@@ -345,7 +346,7 @@ class Udp:
         association.flow_keys.append(key)
         return flow
 
-    def _new_association(self, client: bytes, now: float) -> Association | None:
+    def _new_association(self, client: bytes, key: bytes, payload: bytes, now: float) -> Association | None:
         if len(self._associations) >= self._max_associations:
             self._evict()
         association = Association(self, client, now)
@@ -354,29 +355,29 @@ class Udp:
                 association.open_direct(now)
             else:
                 association.associate()
-        except OSError:
+        except OSError as error:
             association.close()
-            if self._direct or self.worker.upstream.proxy is not None:
+            if self._direct or error.errno in (EMFILE, ENFILE):
                 self._count[counts.UDP_DROPPED_DESCRIPTORS] += 1
             else:
-                self._count[counts.UDP_DROPPED_PROXY_DOWN] += 1
+                proxy_unreachable(self.worker, error.strerror or str(error))
+                self.undelivered(key, payload, self.availability.is_down(now), now)
             return None
         self._associations[client] = association
         self._count[counts.UDP_ASSOCIATIONS] = len(self._associations)
         return association
 
     def _evict(self) -> None:
-        """End one association: the first in the table that was not used since it took its place there."""
-        table = self._associations
-        for _ in range(EVICTION_LOOKS):
-            client, association = next(iter(table.items()))
-            if association.active_at <= association.queued_at:
-                break
-            association.queued_at = association.active_at
-            table[client] = table.pop(client)
+        """End the association that was not used for the longest time, of the first few in the table."""
+        looked_at = list(islice(self._associations.items(), EVICTION_LOOKS))
+        victim = min((association for _, association in looked_at), key=lambda association: association.active_at)
+        for client, association in looked_at:
+            if association is not victim and association.active_at > association.queued_at:
+                association.queued_at = association.active_at
+                self._associations[client] = self._associations.pop(client)
         self._count[counts.UDP_DROPPED_ASSOCIATIONS] += 1
-        self.remove(association)
-        association.close()
+        self.remove(victim)
+        victim.close()
 
     def _forget_flows(self, association: Association) -> None:
         for key in association.flow_keys:

@@ -1,4 +1,4 @@
-"""ControlConnection: a TCP connection to the proxy with one SOCKS5 command on it, driven by the worker's loop.
+"""ProxyConnection: a TCP connection to the proxy with one SOCKS5 command on it, driven by the worker's loop.
 
 UDP associations hang on one each, and so does each resolver that is asked over TCP. The owner is told:
 
@@ -51,7 +51,7 @@ class Owner(Protocol):
         """Take bytes that the other side sent after the success."""
 
 
-class ControlConnection:
+class ProxyConnection:
     """One connection to the proxy; `peer` is the proxy's packed address."""
 
     __slots__ = ("_connecting", "_handshake", "_owner", "_requested", "_socket", "_unsent", "_worker", "peer")
