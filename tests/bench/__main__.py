@@ -1,7 +1,7 @@
 """Run the benchmark: `python -m tests.bench [--quick] [--rounds N] [--only tcp-up,…] [--subjects direct,ringway,…]`.
 
 Rows are interleaved: in every round each measure is taken for all subjects, one right after the other, so that what
-else the machine does meets them alike; ratios are formed inside a round. Everything runs on the same two cores. As root.
+else the machine does meets them alike; ratios are formed inside a round. Everything runs on two cores. As root.
 """
 
 import argparse

@@ -11,7 +11,7 @@ PROXY is `embedded` (`ringway proxy`), `dante` or `microsocks` (which has no UDP
 `pipeline`.
 
 proxychains4 is a preloaded library that does the handshake inside connect() and then leaves the socket alone, so bytes
-flow as they do for a program with SOCKS built in. It blocks during the handshake, which is why the connection row uses a
+flow as they do for a program with SOCKS built in. It blocks during the handshake, which is why the connection row has a
 client of ours.
 """
 

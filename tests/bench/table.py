@@ -1,4 +1,4 @@
-"""Results of a benchmark: medians, minimum and maximum, ratios to `direct` in the same round; as a table and as JSON."""
+"""Results of a benchmark: medians, minimum and maximum, ratios to `direct` in the same round; a table and JSON."""
 
 import json
 import os

@@ -6,7 +6,7 @@ Clients (print one JSON):    ping-pong tcp|udp ADDRESS PORT SECONDS · connectio
                              idle ADDRESS PORT COUNT (until standard input ends)
 A client with `--socks HOST:PORT` at the end speaks SOCKS5 itself to that proxy; without, it connects.
 
-They are plain Python on raw sockets, the same for every subject, so that their own cost, which the two cores also carry,
+They are plain Python on raw sockets, the same for every subject, so that their own cost, which the two cores carry too,
 is the same for each. `connections` reaches three quarters of what wrk does with `Connection: close` in front of nginx.
 """
 
