@@ -135,6 +135,8 @@ class Gateway:
                     process.wait()
             if self._reader is not None:
                 self._reader.join(1.0)
+            # A gateway that was killed had no time to.
+            Path(self._control).unlink(missing_ok=True)
         self._resources.close()
         return process.returncode if process is not None else None
 

@@ -227,7 +227,8 @@ def test_an_interactive_shell_has_job_control(shared: World) -> None:
         terminal.read_until(b"\r42\r\n")
         terminal.type(b"\x1a")  # Ctrl-Z stops the sleep, not the shell
         terminal.read_until(b"Stopped")
-        terminal.type(b"kill %1; exit 5\n")
+        # A shell that has not yet heard of the job's end refuses the first "exit".
+        terminal.type(b"kill -KILL %1\nexit 5\nexit 5\n")
         assert terminal.process.wait(WITHIN) == 5
         assert b"no job control" not in terminal.seen
 
