@@ -38,7 +38,7 @@ def status(
                     "state": process.state,
                     "restarts": process.restarts,
                 }
-                | process_figures(process.child.pid if process.child else None)
+                | process_figures(process.child.pid if process.child else 0)
                 for process in processes
             ),
         ],
@@ -47,10 +47,10 @@ def status(
     }
 
 
-def process_figures(pid: int | None) -> dict[str, Any]:
-    """Return pid, cpu_seconds (user and system) and pss (octets) of a process; None for what cannot be had."""
-    figures: dict[str, Any] = {"pid": pid, "cpu_seconds": None, "pss": None}
-    if pid is None:
+def process_figures(pid: int) -> dict[str, Any]:
+    """Return pid, cpu_seconds (user and system) and pss (octets) of a process; 0 for what cannot be had."""
+    figures: dict[str, Any] = {"pid": pid, "cpu_seconds": 0.0, "pss": 0}
+    if not pid:
         return figures
     try:
         process = psutil.Process(pid)

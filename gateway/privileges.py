@@ -10,6 +10,7 @@ new ones, and only then ask to die with the parent, because the kernel forgets t
 
 import ctypes
 import errno
+import logging
 import os
 import pwd
 import re
@@ -21,7 +22,11 @@ from typing import Final
 
 from gateway.proxyurl import ConfigError
 
+log = logging.getLogger("ringway")
+
 # linux/capability.h
+CAP_SETGID: Final = 6
+CAP_SETUID: Final = 7
 CAP_NET_ADMIN: Final = 12
 CAP_NET_RAW: Final = 13
 _VERSION_3: Final = 0x20080522
@@ -62,9 +67,12 @@ def identity_for(user: str) -> Identity | None:
     if os.geteuid() != 0 or user in ("", "root"):
         return None
     identity = _look_up(user)
-    if _is_mapped("uid_map", identity.uid) and _is_mapped("gid_map", identity.gid):
-        return identity
-    return None
+    if not (_is_mapped("uid_map", identity.uid) and _is_mapped("gid_map", identity.gid)):
+        return None
+    if ~permitted_capabilities() & (1 << CAP_SETUID | 1 << CAP_SETGID):
+        log.warning("cannot become %s without CAP_SETUID and CAP_SETGID: staying root, without capabilities", user)
+        return None
+    return identity
 
 
 def _look_up(user: str) -> Identity:

@@ -14,7 +14,6 @@ import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -108,7 +107,7 @@ class Child:
         """Send a signal; harmless when the process is gone."""
         try:
             signal.pidfd_send_signal(self.pidfd, number)
-        except (ProcessLookupError, OSError):
+        except OSError:
             pass
 
     def reap(self) -> int | None:
@@ -141,7 +140,7 @@ def fork_child(
     keep: frozenset[int] = frozenset(),
     drop_rights: bool = True,
 ) -> Child:
-    """Fork a process that runs `main` with its end of a channel and ends with it.
+    """Fork a process that runs `main` with its end of a channel and ends with it. OSError when there is no room for it.
 
     `let_go` closes, in the child, what is the parent's alone. All imports must have happened: the new uid may not be
     able to read the interpreter's files. The caller owns the Child.
@@ -150,8 +149,6 @@ def fork_child(
     # What is garbage now would be freed in each child, copying its pages; what is left will not be looked at again.
     gc.collect()
     gc.freeze()
-    sys.stdout.flush()
-    sys.stderr.flush()
     parent = os.getpid()
     # No signal may reach the parent's handlers in the child, which would write to the parent's wake-up descriptor.
     before = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
@@ -178,10 +175,20 @@ def fork_child(
             finally:
                 # Never back into the parent's stack: it holds the parent's clean-up.
                 os._exit(status)
+    except OSError:
+        ours.close()
+        raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
-    return Child(pid, os.pidfd_open(pid), ours)
+        theirs.close()
+    try:
+        return Child(pid, os.pidfd_open(pid), ours)
+    except OSError:
+        # Out of descriptors: nobody could watch it.
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        ours.close()
+        raise
 
 
 def _confess(label: str, channel: Channel, error: BaseException) -> None:

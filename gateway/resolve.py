@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from gateway.loop import EventLoop, Timer, wait_readable
-from gateway.process import Child
+from gateway.process import Child, describe
 from ipc.channel import Channel, ChannelClosed, Message
 
 log = logging.getLogger("ringway")
@@ -98,11 +98,15 @@ class NameLookup:
         if self._timer is not None:
             self._timer.cancel()
         self._started_at = time.monotonic()
-        self._child = self._fork("lookup", lambda channel: channel.send(look_up(self._host, self._port)))
+        try:
+            self._child = self._fork("lookup", lambda channel: channel.send(look_up(self._host, self._port)))
+        except OSError as error:
+            self._learn({"failed": describe(error)}, True)
 
     def _watch(self) -> None:
         child = self._child
-        assert child is not None
+        if child is None:
+            return
         self._loop.register(child.pidfd, lambda: self._finish(child))
         self._timer = self._loop.call_later(GIVE_UP, child.kill)
 

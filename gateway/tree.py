@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Final
 
 from gateway.loop import EventLoop
-from gateway.process import Child, Process, how_it_ended
+from gateway.process import Child, Process, describe, how_it_ended
 from ipc.channel import ChannelClosed, Message
 
 log = logging.getLogger("ringway")
@@ -32,6 +32,7 @@ STOP_PATIENCE: Final = 3.0  #: seconds for all processes of one role to stop
 LINGER_PATIENCE: Final = 2.0  #: seconds from the end of a process's channel to its own
 
 BACK_OFF: Final = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)  #: seconds before the next start, by recent deaths
+FORK_AGAIN: Final = 1.0  #: seconds after a fork that failed
 CRASH_WINDOW: Final = 30.0  #: seconds
 CRASH_LIMIT: Final = 8  #: deaths of one process within the window that end the service; a real loop is there in 7 s
 _MAX_TEXT: Final = 300  # characters of what a process says in a log line
@@ -54,7 +55,8 @@ class ProcessTree:
         """Keep `processes`, in the order in which they stop.
 
         `fork` forks the child for a place; `clear` empties what a dead child left (its rings and gauges), at its death
-        and again before that; `on_ready` is called once, when all have been ready; `on_event` for every event but "ready" and "failed".
+        and again before the next fork; `on_ready` is called once, when all have been ready; `on_event` gets every event
+        but "ready", "failed" and "warning"; `on_death` is called before anything is done about a death.
         """
         self.processes = processes
         self._loop = loop
@@ -80,7 +82,11 @@ class ProcessTree:
     def start(self) -> None:
         """Fork everything; the rings are empty, and everybody takes everybody to be there."""
         for process in self.processes:
-            self._fork(process)
+            try:
+                self._fork(process)
+            except OSError as error:
+                self.fail(f"cannot start {process.label}: {describe(error)}")
+                return
         self._loop.call_later(START_PATIENCE, self._end_of_patience)
 
     def _end_of_patience(self) -> None:
@@ -89,9 +95,9 @@ class ProcessTree:
             self.fail(f"{', '.join(late)} did not get ready within {START_PATIENCE:.0f} s")
 
     def _fork(self, process: Process) -> None:
+        child = process.child = self._fork_child(process)
         process.state = "starting"
         process.reason = ""
-        child = process.child = self._fork_child(process)
         self._loop.register(child.channel.fileno(), lambda: self._readable(process, child))
         self._loop.register(child.pidfd, lambda: self._ended(process, child))
 
@@ -243,7 +249,13 @@ class ProcessTree:
         if self.stopping or process.state != "restarting" or process.awaiting or backing_off:
             return
         self._clear(process)
-        self._fork(process)
+        try:
+            self._fork(process)
+        except OSError as error:
+            # Out of memory, processes or descriptors: the others go on, and this one later.
+            log.warning("cannot start %s: %s; trying again in %g s", process.label, describe(error), FORK_AGAIN)
+            process.timer = self._loop.call_later(FORK_AGAIN, lambda: self._replace_if_due(process))
+            return
         child = process.child
         assert child is not None
         for other in process.neighbours(self.processes):

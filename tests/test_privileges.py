@@ -157,7 +157,7 @@ def test_nothing_is_asked_for_nothing():
 
 
 @root_only
-def test_whom_the_children_become(monkeypatch):
+def test_whom_the_children_become(monkeypatch, caplog):
     assert identity_for("root") is None
     assert identity_for("") is None
     nobody = pwd.getpwnam("nobody")
@@ -165,6 +165,12 @@ def test_whom_the_children_become(monkeypatch):
     assert identity_for("54321") == Identity("54321", 54321, 54321)
     with pytest.raises(PrivilegeError, match="user 'no-such-user' does not exist: make it"):
         identity_for("no-such-user")
+    # A container that was started with few capabilities.
+    monkeypatch.setattr(privileges, "permitted_capabilities", lambda: 1 << CAP_NET_ADMIN)
+    assert identity_for("nobody") is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot become nobody without CAP_SETUID and CAP_SETGID: staying root, without capabilities"
+    ]
     # In a user namespace that has only root, there is nobody to become.
     monkeypatch.setattr(privileges, "_is_mapped", lambda table, number: number == 0)
     assert identity_for("nobody") is None

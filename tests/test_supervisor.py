@@ -294,6 +294,41 @@ def test_the_back_off_grows(make, monkeypatch, caplog):
     ]
 
 
+def test_a_fork_that_fails_is_tried_again(make, monkeypatch, caplog):
+    monkeypatch.setattr(tree_module, "FORK_AGAIN", 0.01)
+    tree = make(1)
+    tree.start()
+    fork = tree.tree._fork_child
+    failures = [BlockingIOError(11, "Resource temporarily unavailable")] * 2
+
+    def fork_or_fail(process):
+        if failures:
+            raise failures.pop()
+        return fork(process)
+
+    monkeypatch.setattr(tree.tree, "_fork_child", fork_or_fail)
+    pid = tree.kill("worker 0")
+    tree.run_until(lambda: tree.runs_again("worker 0", pid))
+    lines = [record.getMessage() for record in caplog.records if "cannot start" in record.getMessage()]
+    assert lines == ["cannot start worker 0: Resource temporarily unavailable; trying again in 0.01 s"] * 2
+
+
+def test_a_fork_that_fails_at_the_start_ends_the_service(make, monkeypatch, caplog):
+    tree = make(1)
+    fork = tree.tree._fork_child
+
+    def fork_or_fail(process):
+        if process.label == "writer":
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork(process)
+
+    monkeypatch.setattr(tree.tree, "_fork_child", fork_or_fail)
+    tree.start()
+    assert tree.tree.exit_code == 1
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert errors == ["cannot start writer: Resource temporarily unavailable"]
+
+
 def test_who_does_not_stop_is_killed(make, monkeypatch):
     monkeypatch.setattr(tree_module, "STOP_PATIENCE", 0.05)
     tree = make(worker=ignore_everything)
