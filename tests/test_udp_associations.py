@@ -120,9 +120,7 @@ class TestSettingUp:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("reply", "code"), [(7, 3), (None, 3), (1, 3), (8, 3), (2, 13), (3, 0), (4, 1)], ids=str
-    )
+    @pytest.mark.parametrize(("reply", "code"), [(7, 3), (None, 3), (1, 3), (8, 3), (2, 13), (3, 0), (4, 1)], ids=str)
     def test_what_waits_is_answered_by_icmp(self, shard, reply, code):
         shard.proxy.reply = reply
         shard.receive(udp_packet(b"one"), udp_packet(b"two", dport=100))
@@ -274,6 +272,17 @@ class TestEnd:
         assert shard.counted(counts.UDP_IDLE_TIMEOUTS) == 1
         shard.run_until(lambda: not shard.proxy.clients)
 
+    def test_idle_sooner_than_the_connect_timeout(self, monkeypatch):
+        shard = make(udp_timeout=1.0, connect_timeout=10.0)
+        shard.receive(udp_packet(b"one"))
+        shard.run_until(lambda: shard.proxy.datagrams)
+        later(shard, 1.1, monkeypatch)
+        shard.run_until(lambda: not associations(shard))
+        later(shard, 11, monkeypatch)
+        shard.poll()
+        assert shard.counted(counts.UDP_IDLE_TIMEOUTS) == 1
+        end(shard)
+
     def test_idle_after_nothing_but_dns(self, shard, monkeypatch):
         shard.receive(
             udp_packet(b"one", dport=53), udp_packet(b"one", sport=1001), udp_packet(b"one", dport=53, sport=1001)
@@ -303,12 +312,22 @@ class TestLimits:
         for number in range(3):
             shard.receive(udp_packet(b"x", sport=2000 + number))
             shard.run_until(lambda number=number: len(shard.proxy.datagrams) == number + 1)
+        later(shard, 1, monkeypatch)
         shard.receive(udp_packet(b"used again", sport=2000))
+        later(shard, 30.5, monkeypatch)
         shard.receive(udp_packet(b"x", sport=3000))
         assert associations(shard) == 3
-        assert shard.counted(counts.UDP_DROPPED_ASSOCIATIONS) == 1
         left = {int.from_bytes(key[-2:]) for key in shard.udp._associations}
         assert left == {2000, 2002, 3000}
+        end(shard)
+
+    def test_none_goes_that_is_in_use(self):
+        shard = make(max_associations=3)
+        for number in range(6):
+            shard.receive(udp_packet(b"x", sport=2000 + number))
+        shard.run_until(lambda: len(shard.proxy.datagrams) == 3)
+        assert shard.counted(counts.UDP_DROPPED_ASSOCIATIONS) == 3
+        assert {int.from_bytes(key[-2:]) for key in shard.udp._associations} == {2000, 2001, 2002}
         end(shard)
 
     def test_destinations_of_one_client_socket_are_bounded(self):

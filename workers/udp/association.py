@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from functools import partial
+from math import inf
 from select import EPOLLIN
 from typing import TYPE_CHECKING, Final
 
@@ -20,13 +21,14 @@ from workers.udp.relayaddress import relay_address
 from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, DatagramHeaders
 
 if TYPE_CHECKING:
-    from workers.udp.datagrams import Flow, Udp
+    from workers.udp.datagrams import Udp
+    from workers.udp.flow import Flow
 
 SETTING_UP: Final = 0
 READY: Final = 1
 CLOSED: Final = 2
 
-WAITING_DATAGRAMS: Final = 32  #: that wait while an association is set up
+WAITING_DATAGRAMS: Final = 64  #: that wait while an association is set up: a super-frame has so many
 WAITING_OCTETS: Final = 64 * 1024
 RECEIVE_BUFFER: Final = 1 << 20  #: octets asked of SO_RCVBUF; the kernel gives up to twice net.core.rmem_max
 
@@ -48,6 +50,7 @@ class Association:
         "_udp",
         "_waiting",
         "_waiting_octets",
+        "_wake_at",
         "active_at",
         "busy",
         "flow_keys",
@@ -88,6 +91,7 @@ class Association:
         self._socket: socket.socket | None = None
         self._waiting: list[tuple[Flow, bytes]] = []
         self._waiting_octets = 0
+        self._wake_at = inf  # when the timer is due that counts; others of ours may still fire, and are ignored
 
     # ── setting up ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -96,7 +100,7 @@ class Association:
         worker = self._udp.worker
         # Zeros as address and port: we do not know what the proxy will see, and servers enforce what they are told.
         self._control = ProxyConnection(worker, self, UDP_ASSOCIATE, b"", 0)
-        worker.timers.call_at(self._started_at + worker.settings.connect_timeout, self._timeout)
+        self._wake(self._started_at + worker.settings.connect_timeout)
 
     def open_direct(self, now: float) -> None:
         """Open an unconnected socket, which takes answers from anyone. OSError when there is no descriptor."""
@@ -106,7 +110,7 @@ class Association:
         self._use(opened, _ETHERNET - overhead)
         self.receive_from = opened.recvfrom_into
         udp.worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_anyone, self))
-        udp.worker.timers.call_at(now + self._idle_timeout(), self._timeout)
+        self._wake(now + self._idle_timeout())
 
     def connected(self, bound: tuple[Host, int], now: float) -> None:
         """Take the relay's address, and send what waits."""
@@ -140,6 +144,7 @@ class Association:
         self._use(opened, mtu - (IPV4_OVERHEAD if ipv4 else IPV6_OVERHEAD))
         self._started_at = now
         self.active_at = now
+        self._wake(now + self._idle_timeout())
         worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_relay, self))
         udp.availability.has_udp()
         waiting, self._waiting = self._waiting, []
@@ -202,8 +207,16 @@ class Association:
         settings = self._udp.worker.settings
         return min(settings.dns_timeout, settings.udp_timeout) if self.only_dns else settings.udp_timeout
 
+    def _wake(self, when: float) -> None:
+        """Have _timeout called at `when`, unless it is called earlier anyway and will look again."""
+        if when < self._wake_at:
+            self._wake_at = when
+            self._udp.worker.timers.call_at(when, self._timeout)
+
     def _timeout(self, now: float) -> None:
-        """Look whether it is time to give up; the timer is armed again, never moved."""
+        """Look whether it is time to give up; packets only note the time, and move no timer."""
+        if now < self._wake_at:
+            return
         worker = self._udp.worker
         if self.state == SETTING_UP:
             due_at = self._started_at + worker.settings.connect_timeout
@@ -219,7 +232,8 @@ class Association:
                 return
         else:
             return
-        worker.timers.call_at(due_at, self._timeout)
+        self._wake_at = inf
+        self._wake(due_at)
 
     def _end(self, now: float) -> None:
         self._udp.remove(self)

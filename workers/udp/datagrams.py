@@ -7,7 +7,6 @@ UDP_SEGMENT if their lengths are equal (a shorter one may be last).
 
 from __future__ import annotations
 
-import socket
 from errno import ECONNREFUSED, EHOSTUNREACH, EINVAL, EIO, EMFILE, EMSGSIZE, ENETUNREACH, ENFILE
 from itertools import islice
 from struct import Struct
@@ -18,10 +17,10 @@ from workers.dns.over_tcp import DnsOverTcp
 from workers.icmp import ADMIN, HOST, NET, PORT
 from workers.proxyconnection import proxy_unreachable
 from workers.public import is_public
-from workers.socks.wire import write_datagram_header
 from workers.udp.answers import Answers
 from workers.udp.association import CLOSED, READY, Association
 from workers.udp.availability import DOWN, Availability
+from workers.udp.flow import Flow
 from workers.wire.checksum import ones_sum, pseudo_sum
 from workers.wire.udp import UDP, packet_of, split_key
 from workers.wire.vnet import GSO_UDP_L4, TRUSTED
@@ -38,23 +37,10 @@ DNS_PORT: Final = 53
 FLOWS_PER_ASSOCIATION: Final = 1024  #: destinations that one client socket has prepared headers for
 FLOWS_FACTOR: Final = 16  #: the same for the worker, times max_associations
 EVICTION_LOOKS: Final = 16  #: associations looked at to find one that was not used lately
+EVICTION_IDLE: Final = 30.0  #: seconds unused after which one may go in favour of a new one
 QUOTED: Final = 512  #: octets of payload that an ICMP error may quote
 
 _U16: Final = Struct("=H")
-
-
-class Flow:
-    """Datagrams from one client socket to one destination: what is prepared for them, and those of this batch."""
-
-    __slots__ = ("address", "association", "header", "key", "pieces", "size")
-
-    def __init__(self, association: Association, key: bytes, header: bytes, address: tuple[str, int] | None) -> None:
-        self.association = association
-        self.key = key  #: see workers.wire.udp
-        self.header = header  #: SOCKS header in front of the payload; b"" for direct://
-        self.address = address  #: for direct://
-        self.pieces: list[memoryview] = []  #: datagrams with their header, in RX frames of this batch
-        self.size = 0  #: octets of each piece
 
 
 class Udp:
@@ -337,18 +323,15 @@ class Udp:
             for each in self._associations.values():
                 each.flow_keys.clear()
             self._flows.clear()
-        if self._direct:
-            family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
-            flow = Flow(association, key, b"", (socket.inet_ntop(family, destination), port))
-        else:
-            flow = Flow(association, key, write_datagram_header(destination, port), None)
+        flow = Flow(association, key, self._direct)
         self._flows[key] = flow
         association.flow_keys.append(key)
         return flow
 
     def _new_association(self, client: bytes, key: bytes, payload: bytes, now: float) -> Association | None:
-        if len(self._associations) >= self._max_associations:
-            self._evict()
+        if len(self._associations) >= self._max_associations and not self._evict(now):
+            self._count[counts.UDP_DROPPED_ASSOCIATIONS] += 1
+            return None
         association = Association(self, client, now)
         try:
             if self._direct:
@@ -367,17 +350,22 @@ class Udp:
         self._count[counts.UDP_ASSOCIATIONS] = len(self._associations)
         return association
 
-    def _evict(self) -> None:
-        """End the association that was not used for the longest time, of the first few in the table."""
+    def _evict(self, now: float) -> bool:
+        """End the association that was not used for the longest time, of the first few in the table.
+
+        False: all are in use. Then they are kept, and the new one is refused, or a flood would end them all.
+        """
         looked_at = list(islice(self._associations.items(), EVICTION_LOOKS))
         victim = min((association for _, association in looked_at), key=lambda association: association.active_at)
         for client, association in looked_at:
             if association is not victim and association.active_at > association.queued_at:
                 association.queued_at = association.active_at
                 self._associations[client] = self._associations.pop(client)
-        self._count[counts.UDP_DROPPED_ASSOCIATIONS] += 1
+        if now - victim.active_at < EVICTION_IDLE:
+            return False
         self.remove(victim)
         victim.close()
+        return True
 
     def _forget_flows(self, association: Association) -> None:
         for key in association.flow_keys:
