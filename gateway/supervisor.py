@@ -3,7 +3,7 @@
     run()      rights, device, addresses, name of the proxy, shared memory, processes; then the loop; then undone again
     the loop   messages and ends of processes (tree.py), signals, the control socket, the proxy's name and health
 
-It never touches a packet, has one thread, and sleeps while nothing happens.
+It never touches a packet, has one thread, and sleeps while nothing happens, but for a look at the device.
 """
 
 import logging
@@ -52,6 +52,7 @@ SIGNALS: Final = (
     signal.SIGTTIN,
     signal.SIGTTOU,
 )
+LOOK_AT_DEVICE: Final = 5.0  #: seconds between two looks whether the device is still there
 CONFIGURE_PATIENCE: Final = 20.0  #: seconds for the addresses of the device
 Roles = Callable[[str], tuple[tuple[Role, ...], Callable[[int], dict[str, tuple[str, ...]]]]]
 
@@ -210,6 +211,7 @@ class Supervisor:
     def _serve(self) -> int:
         tree = self._tree
         tree.start()
+        self._watch_device()
         said = False
         while tree.exit_code is None:
             self._loop.run_once()
@@ -244,11 +246,19 @@ class Supervisor:
         elif event == "proxy-up":
             self._health.is_up()
 
+    def _watch_device(self) -> None:
+        """Look now and then: to wait for its end in epoll would make each of its packets a little slower."""
+        self._end_without_device()
+        self._loop.call_later(LOOK_AT_DEVICE, self._watch_device)
+
+    def _end_without_device(self) -> None:
+        if has_ended(self._device.fileno()):
+            self._tree.fail(f"the device {self._device.name} is gone")
+
     def _lost(self, process: Process) -> None:
         self._health.forget(process)
-        # Nobody can be started again on a device that somebody removed.
-        if process.role.keeps_device and has_ended(self._device.fileno()):
-            self._tree.fail(f"the device {self._device.name} is gone")
+        if process.role.keeps_device:
+            self._end_without_device()
 
     def _new_addresses(self, addresses: Addresses) -> None:
         self._setup = replace(self._setup, settings=replace(self._setup.settings, proxy_addresses=addresses))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway import supervisor as supervisor_module
 from gateway import tree as tree_module
 from gateway.config import Config, ConfigError
 from gateway.device import DeviceError
@@ -488,8 +489,10 @@ def test_children_die_with_a_killed_supervisor(device, listener, tmp_path, monke
         assert ask(control, {"command": "status"})["uptime"] < WAIT
 
 
-def test_a_device_that_is_gone_ends_the_service(listener, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reader_dies", [True, False])
+def test_a_device_that_is_gone_ends_the_service(listener, tmp_path, monkeypatch, reader_dies):
     path, notification = listener
+    monkeypatch.setattr(supervisor_module, "LOOK_AT_DEVICE", 60.0 if reader_dies else 0.05)
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control = tmp_path / "x.sock"
@@ -498,7 +501,8 @@ def test_a_device_that_is_gone_ends_the_service(listener, tmp_path, monkeypatch)
         notification()
         reader = next(p for p in ask(control, {"command": "status"})["processes"] if p["role"] == "reader")
         ours.close()
-        os.kill(reader["pid"], signal.SIGKILL)
+        if reader_dies:
+            os.kill(reader["pid"], signal.SIGKILL)
         assert exit_code(child) == 1
 
 
