@@ -55,7 +55,8 @@ class TestRelayAddress:
             ("auto", bytes(4), PEER),  # asyncio-socks-server, gera2ld.socks
             ("auto", bytes(16), PEER),
             ("auto", "localhost", PEER),  # dante echoes names on failure
-            ("auto", bytes([10, 9, 9, 9]), bytes([10, 9, 9, 9])),  # of the same scope: it may be right
+            ("auto", bytes([10, 9, 9, 9]), PEER),  # v2ray's "ip": another private network
+            ("auto", bytes([192, 168, 1, 77]), bytes([192, 168, 1, 77])),  # a relay beside the proxy
             ("auto", bytes([127, 0, 0, 1]), PEER),
             ("auto", bytes([169, 254, 0, 1]), PEER),
             ("auto", bytes([1, 2, 3, 4]), bytes([1, 2, 3, 4])),
@@ -81,6 +82,8 @@ class TestRelayAddress:
             ("1.2.3.4", "5.6.7.8", True),
             ("::1", "::1", True),
             ("fe80::1", "fe80::2", True),
+            ("::1", "fd00::2", False),
+            ("127.0.0.1", "127.0.0.2", True),
             ("fe80::1", "fd00::2", False),
             ("2606:4700::1", "fd00::2", False),
             ("fd00::1", "fd00::2", True),

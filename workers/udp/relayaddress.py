@@ -30,18 +30,15 @@ def relay_address(setting: str, bound: tuple[Host, int], peer: bytes) -> tuple[b
         host = host[12:]  # gost ≥ 2.11.5 says ::ffff:a.b.c.d over IPv4
     if setting == AS_TOLD:
         return host, port
-    usable = len(host) == len(peer) and (is_public(host) or _scope(host) == _scope(peer))
+    usable = len(host) == len(peer) and (is_public(host) or _is_near(host, peer))
     return (host if usable else peer), port
 
 
-def _scope(address: bytes) -> str:
-    """Return how far an address that is not public reaches."""
-    if len(address) == 4:
-        if address[0] == 127:
-            return "host"
-        return "link" if address[:2] == b"\xa9\xfe" else "public" if is_public(address) else "site"
-    if address == bytes(15) + b"\x01":
-        return "host"
-    if address[0] == 0xFE and address[1] & 0xC0 == 0x80:
-        return "link"
-    return "public" if is_public(address) else "site"
+def _is_near(address: bytes, peer: bytes) -> bool:
+    """Say whether an address that is not public is one of the proxy's own network, so that who reaches one reaches both.
+
+    "Both are private" is not enough: what servers advertise without being told is often an inner address of theirs.
+    """
+    if len(peer) == 4:
+        return address[0] == peer[0] == 127 or address[:3] == peer[:3]
+    return address[:8] == peer[:8]
