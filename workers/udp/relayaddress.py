@@ -35,7 +35,7 @@ def relay_address(setting: str, bound: tuple[Host, int], peer: bytes) -> tuple[b
 
 
 def _is_near(address: bytes, peer: bytes) -> bool:
-    """Say whether an address that is not public is one of the proxy's own network, so that who reaches one reaches both.
+    """Say whether an address that is not public is of the proxy's own network: who reaches one reaches both.
 
     "Both are private" is not enough: what servers advertise without being told is often an inner address of theirs.
     """
