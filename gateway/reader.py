@@ -28,9 +28,8 @@ COUNTERS: Final = (
     "no_frame",  # times that every frame was in use, and the device had to wait
     "no_worker",  # frames dropped because their worker was being replaced
     "short",  # reads too short for an IP header
-    "read_errors",
 )
-FRAMES, BYTES, WAKEUPS, NO_FRAME, NO_WORKER, SHORT, READ_ERRORS = range(len(COUNTERS))
+FRAMES, BYTES, WAKEUPS, NO_FRAME, NO_WORKER, SHORT = range(len(COUNTERS))
 
 BATCH: Final = 64  #: frames between two submits of small ones
 PROMPT: Final = 8 * 1024  #: octets; a frame as large as this is submitted at once
@@ -82,7 +81,7 @@ class Reader:
                     pass
 
     def read_frames(self) -> int:
-        """Read what the device has; return how many frames that were."""
+        """Read what the device has; return how many frames that were. OSError: the device is gone."""
         pool = self.pool
         free = pool.free
         give = pool.give
@@ -111,10 +110,6 @@ class Reader:
                 length = readv(buffers[number])
             except BlockingIOError:
                 give(at)
-                break
-            except OSError:
-                give(at)
-                self.count[READ_ERRORS] += 1
                 break
             if length < MIN_LENGTH:
                 give(at)

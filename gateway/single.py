@@ -38,7 +38,7 @@ class DirectPort(TxFrames):
         self.fileno = device.fileno
 
     def frames(self) -> list[int]:
-        """Read frames until there is none, or the breath is full."""
+        """Read frames until there is none, or the breath is full. OSError: the device is gone."""
         readv = self._device.readv
         take = self._pool.take
         descriptors: list[int] = []
@@ -47,7 +47,7 @@ class DirectPort(TxFrames):
             at = take()
             try:
                 length = readv(self._buffers[at // FRAME_SIZE])
-            except OSError:  # none, or the device is gone
+            except BlockingIOError:
                 self._pool.give(at)
                 break
             if length < MIN_LENGTH:

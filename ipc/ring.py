@@ -20,9 +20,16 @@ ends begin anew (`Producer.reset`, `Consumer.reset`).
 """
 
 import os
+from contextlib import suppress
 from mmap import mmap
 
 from ipc.layout import CACHE_LINE, RING_SLOTS
+
+
+def drain(eventfd: int) -> None:
+    """Set an eventfd back to 0."""
+    with suppress(BlockingIOError):
+        os.eventfd_read(eventfd)
 
 
 class RingMemory:
@@ -44,10 +51,7 @@ class RingMemory:
 
     def reset(self) -> None:
         """Empty the ring; only while neither end runs or both have been told (supervisor only)."""
-        try:
-            os.eventfd_read(self.eventfd)
-        except BlockingIOError:
-            pass
+        drain(self.eventfd)
         self.index[0] = 0
 
 
@@ -129,5 +133,6 @@ class Consumer:
         return taken
 
     def reset(self) -> None:
-        """Begin anew, after the supervisor emptied the ring."""
+        """Begin anew; what the other end submitted before it died is not taken any more."""
+        drain(self._eventfd)
         self.tail = 0

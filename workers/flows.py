@@ -146,7 +146,11 @@ class TcpFlows:
             key = rx[at + 18 : at + 50] + rx[transport : transport + 4]
         flow = self.table.get(key)
         if flow is not None:
-            flow.segment_arrives(seg, now)
+            try:
+                flow.segment_arrives(seg, now)
+            except Exception:
+                self.end_broken(flow, now)
+                raise
         elif seg.flags & (SYN | ACK | RST | FIN) == SYN:
             self._syns.append((key, rx[at + 10 : text_at], seg))
             self._seg = Segment()
@@ -327,6 +331,14 @@ class TcpFlows:
             del self.table[key]
             if isinstance(flow, TimeWait):
                 self._waiting -= 1
+
+    def end_broken(self, flow: Flow, now: float) -> None:
+        """End a flow in which an exception of our own was raised, as well as its state allows."""
+        try:
+            flow.abort(now)
+        except Exception:
+            for key in [key for key, other in self.table.items() if other is flow]:
+                self.remove(key, flow)
 
     def initial_sequence_number(self, key: bytes, now: float) -> int:
         """RFC 6528: a clock of 4 µs plus a keyed hash of the 5-tuple (`hash` of bytes is SipHash)."""

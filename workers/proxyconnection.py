@@ -54,7 +54,17 @@ class Owner(Protocol):
 class ProxyConnection:
     """One connection to the proxy; `peer` is the proxy's packed address."""
 
-    __slots__ = ("_connecting", "_handshake", "_owner", "_requested", "_socket", "_unsent", "_worker", "peer")
+    __slots__ = (
+        "_connecting",
+        "_handshake",
+        "_owner",
+        "_requested",
+        "_socket",
+        "_unsent",
+        "_worker",
+        "peer",
+        "peer_name",
+    )
 
     def __init__(self, worker: Worker, owner: Owner, command: int, host: Host, port: int) -> None:
         """Begin to connect. OSError when there is no proxy, no way to it, or no descriptor; nothing is left then.
@@ -66,7 +76,8 @@ class ProxyConnection:
         if address is None:
             raise OSError("the proxy's name is not resolved")
         family = upstream.proxy_family
-        #: packed address of the proxy
+        self.peer_name = address[0]  #: numeric address of the proxy, with its scope
+        #: the same packed
         self.peer = socket.inet_pton(family, address[0].partition("%")[0])
         settings = worker.settings
         self._handshake: SocksHandshake | None = SocksHandshake(

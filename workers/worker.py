@@ -16,9 +16,11 @@ from typing import Final
 from ipc.channel import Channel, ChannelClosed, Message
 from ipc.layout import ADDRESS_MASK, LENGTH_SHIFT
 from workers import counts
+from workers.dial import Dial
 from workers.flows import TcpFlows
 from workers.icmp import Icmp
 from workers.port import Port, RingPort
+from workers.relay import Relay
 from workers.settings import Settings
 from workers.timers import Timers
 from workers.udp import Udp
@@ -86,6 +88,7 @@ class Worker:
         timers = self.timers
         tcp = self.tcp
         port = self.port
+        port_fd = port.fileno()
         count = self.count
         busy_poll = self.settings.busy_poll
         looked_again = True
@@ -109,7 +112,9 @@ class Worker:
                 try:
                     handler(mask, now)
                 except Exception:
-                    self._broken(fd)
+                    if fd == port_fd:
+                        raise  # the device is gone
+                    self._broken(handler, now)
             if timers.next_at <= now:
                 timers.run(now)
             tcp.run(now)
@@ -157,12 +162,15 @@ class Worker:
                         continue
                 self._other_arrives(at, length, now)
             except Exception:
-                self._broken(-1)
+                self._broken(None, now)
         count = self.count
         count[counts.FRAMES_FROM_DEVICE] += len(descriptors)
         count[counts.BYTES_FROM_DEVICE] += octets - vnet.SIZE * len(descriptors)
-        self.udp.end_of_batch(now)
-        self.tcp.end_of_batch(now)
+        try:
+            self.udp.end_of_batch(now)
+            self.tcp.end_of_batch(now)
+        except Exception:
+            self._broken(None, now)
         self.port.release(descriptors)
 
     def _other_arrives(self, at: int, length: int, now: float) -> None:
@@ -187,14 +195,15 @@ class Worker:
         else:
             count[counts.UNKNOWN_PROTOCOL] += 1
 
-    def _broken(self, fd: int) -> None:
-        """An exception of our own: count it, log the first, and close what raised it; the others go on."""
+    def _broken(self, handler: Handler | None, now: float) -> None:
+        """An exception of our own: count it, log the first, and end the flow that raised it; the others go on."""
         self.count[counts.INTERNAL_ERRORS] += 1
         if not self._logged_error:
             self._logged_error = True
             log.exception("a flow was ended by an error in Ringway; please report it (further ones are only counted)")
-        if fd >= 0 and fd in self.handlers and fd not in (self.port.fileno(), self._channel.fileno()):
-            self.unwatch(fd)
+        owner = getattr(handler, "__self__", None)
+        if isinstance(owner, Relay | Dial):
+            self.tcp.end_broken(owner, now)
 
     def _told(self, mask: int, now: float) -> None:
         """Do what the supervisor says."""

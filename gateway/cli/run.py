@@ -32,7 +32,6 @@ def command(config_path: str | None, **values: Any) -> int:
     config = configuration(config_path, values)
     if not sys.platform.startswith("linux"):
         raise ConfigError("run needs Linux; `ringway check` and `ringway proxy` work here")
-    _check_user(config)
     start_logging(config.loglevel)
     raise_descriptor_limit()
     if config.enable_dns_cache:
@@ -69,14 +68,3 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).warning("cannot raise the limit of open files to %d: %s", hard, error)
-
-
-def _check_user(config: Config) -> None:
-    if os.geteuid() != 0:
-        return
-    import pwd
-
-    try:
-        pwd.getpwnam(config.user)
-    except KeyError:
-        raise ConfigError(f"user {config.user}: no such user; allowed is one of this system's") from None

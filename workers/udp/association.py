@@ -9,6 +9,7 @@ While SETTING_UP, datagrams wait as copies, few of them. For direct:// there is 
 from __future__ import annotations
 
 import socket
+from errno import EMFILE, ENFILE
 from functools import partial
 from math import inf
 from select import EPOLLIN
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from workers import counts, proxyconnection
 from workers.proxyconnection import ProxyConnection, proxy_unreachable
 from workers.socks.wire import UDP_ASSOCIATE, Host
-from workers.udp.relayaddress import relay_address
+from workers.udp.relayaddress import AUTO, relay_address
 from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, DatagramHeaders
 
 if TYPE_CHECKING:
@@ -121,36 +122,48 @@ class Association:
         if not port:
             self._fail(udp.availability.no_udp(now), now)
             return
-        ipv4 = len(address) == 4
-        family = socket.AF_INET if ipv4 else socket.AF_INET6
         try:
-            opened = worker.upstream.open(family, socket.SOCK_DGRAM)
-        except OSError:
-            self._count(counts.UDP_DROPPED_DESCRIPTORS, len(self._waiting))
-            self._end(now)
-            return
-        try:
-            opened.connect((socket.inet_ntop(family, address), port))
-            mtu = (
-                opened.getsockopt(socket.IPPROTO_IP, _IP_MTU)
-                if ipv4
-                else opened.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU)
-            )
+            try:
+                self._connect(address, port)
+            except OSError:
+                if address == self._control.peer or worker.settings.udp_address != AUTO:
+                    raise
+                self._connect(self._control.peer, port)  # no way to where the proxy says: where it is, there is one
         except OSError as error:
-            opened.close()
-            proxy_unreachable(worker, f"its UDP relay: {error.strerror}")
-            self._fail(udp.availability.is_down(now), now)
+            if error.errno in (EMFILE, ENFILE):
+                self._count(counts.UDP_DROPPED_DESCRIPTORS, len(self._waiting))
+                self._end(now)
+            else:
+                proxy_unreachable(worker, f"its UDP relay: {error.strerror}")
+                self._fail(udp.availability.is_down(now), now)
             return
-        self._use(opened, mtu - (IPV4_OVERHEAD if ipv4 else IPV6_OVERHEAD))
         self._started_at = now
         self.active_at = now
         self._wake(now + self._idle_timeout())
-        worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_relay, self))
         udp.availability.has_udp()
         waiting, self._waiting = self._waiting, []
         self._waiting_octets = 0
         for flow, payload in waiting:
             udp.send_copy(flow, payload, now)
+
+    def _connect(self, address: bytes, port: int) -> None:
+        """Open the socket for datagrams, connected: the kernel then refuses what does not come from the relay."""
+        worker = self._udp.worker
+        assert self._control is not None
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        name = self._control.peer_name if address == self._control.peer else socket.inet_ntop(family, address)
+        opened = worker.upstream.open(family, socket.SOCK_DGRAM)
+        try:
+            opened.connect((name, port))
+            if family == socket.AF_INET:
+                limit = opened.getsockopt(socket.IPPROTO_IP, _IP_MTU) - IPV4_OVERHEAD
+            else:
+                limit = opened.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU) - IPV6_OVERHEAD
+        except OSError:
+            opened.close()
+            raise
+        self._use(opened, limit)
+        worker.watch(opened.fileno(), EPOLLIN, partial(self._udp.answers.from_relay, self))
 
     def _use(self, opened: socket.socket, segment_limit: int) -> None:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
