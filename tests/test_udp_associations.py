@@ -104,6 +104,21 @@ class TestSettingUp:
         shard.receive(udp_packet(b"x"))
         shard.run_until(lambda: shard.proxy.datagrams)
 
+    @pytest.mark.parametrize("unreachable", [b"\x01\xff\xff\xff\xff", b"\x01\x01\x02\x03\x04"])
+    def test_no_way_to_the_relay_s_address(self, shard, unreachable, monkeypatch):
+        real = socket.socket.connect
+
+        def connect(self, address):
+            if address[0] != "127.0.0.1":
+                raise OSError(101, "no way")
+            return real(self, address)
+
+        monkeypatch.setattr("socket.socket.connect", connect)
+        shard.proxy.bound = unreachable
+        shard.receive(udp_packet(b"x"))
+        shard.run_until(lambda: shard.proxy.datagrams)
+        assert not shard.events
+
     def test_few_datagrams_wait(self, shard):
         for number in range(WAITING_DATAGRAMS + 3):
             shard.receive(udp_packet(b"%d" % number))
