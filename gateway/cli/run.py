@@ -8,7 +8,7 @@ from typing import Any, Final
 import click
 
 from gateway.cli.options import ConfiguredCommand, configuration, configuration_options
-from gateway.config import Config, ConfigError
+from gateway.config import ConfigError
 
 _LEVELS: Final = {
     "debug": logging.DEBUG,
