@@ -7,7 +7,7 @@ UDP_SEGMENT if their lengths are equal (a shorter one may be last).
 
 from __future__ import annotations
 
-from errno import ECONNREFUSED, EHOSTUNREACH, EINVAL, EIO, EMFILE, EMSGSIZE, ENETUNREACH, ENFILE
+import errno
 from itertools import islice
 from struct import Struct
 from typing import TYPE_CHECKING, Final
@@ -40,6 +40,8 @@ EVICTION_LOOKS: Final = 16  #: associations looked at to find one that was not u
 EVICTION_IDLE: Final = 30.0  #: seconds unused after which one may go in favour of a new one
 QUOTED: Final = 512  #: octets of payload that an ICMP error may quote
 
+#: errno of direct:// → what the client is told
+_NO_WAY: Final = {errno.ENETUNREACH: NET, errno.EHOSTUNREACH: HOST, errno.EACCES: ADMIN, errno.EPERM: ADMIN}
 _U16: Final = Struct("=H")
 
 
@@ -235,7 +237,7 @@ class Udp:
                     else:
                         association.sendto(piece, flow.address)
                 except OSError as error:
-                    if error.errno == ECONNREFUSED and attempt == 1:
+                    if error.errno == errno.ECONNREFUSED and attempt == 1:
                         continue
                     self._lost(flow, piece, error)
                 else:
@@ -243,28 +245,30 @@ class Udp:
                 break
 
     def _send_failed(self, flow: Flow, pieces: list[memoryview], error: OSError, now: float) -> None:
+        if error.errno in (errno.EAGAIN, errno.ENOBUFS):
+            self._count[counts.UDP_DROPPED_SOCKET] += len(pieces)
+            return
         if len(pieces) > 1:
             self._no_segments(flow.association, error)
-        if len(pieces) > 1 or error.errno == ECONNREFUSED:
+        if len(pieces) > 1 or error.errno == errno.ECONNREFUSED:
             self._send_singly(flow, pieces, now)
         else:
             self._lost(flow, pieces[0], error)
 
     def _no_segments(self, association: Association, error: OSError) -> None:
         """Switch UDP_SEGMENT off for a socket whose path does not take it."""
-        if error.errno in (EINVAL, EIO, EMSGSIZE) and association.segment_limit:
+        if error.errno in (errno.EINVAL, errno.EIO, errno.EMSGSIZE) and association.segment_limit:
             association.segment_limit = 0
             self._count[counts.UDP_GSO_REFUSED] += 1
 
     def _lost(self, flow: Flow, piece: memoryview, error: OSError) -> None:
         """Count a datagram that the socket did not take; for direct://, say by ICMP that there is no way."""
-        if error.errno == EMSGSIZE:
+        if error.errno == errno.EMSGSIZE:
             self._count[counts.UDP_DROPPED_TOO_BIG] += 1
             return
         self._count[counts.UDP_DROPPED_SOCKET] += 1
-        if self._direct and error.errno in (ENETUNREACH, EHOSTUNREACH):
-            code = NET if error.errno == ENETUNREACH else HOST
-            self.worker.icmp.unreachable(packet_of(flow.key, bytes(piece[:QUOTED])), code)
+        if self._direct and error.errno in _NO_WAY:
+            self.worker.icmp.unreachable(packet_of(flow.key, bytes(piece[:QUOTED])), _NO_WAY[error.errno])
 
     def _hold(self, flow: Flow, pieces: list[memoryview]) -> None:
         """Keep copies of pieces until the association is ready."""
@@ -340,7 +344,7 @@ class Udp:
                 association.associate()
         except OSError as error:
             association.close()
-            if self._direct or error.errno in (EMFILE, ENFILE):
+            if self._direct or error.errno in (errno.EMFILE, errno.ENFILE):
                 self._count[counts.UDP_DROPPED_DESCRIPTORS] += 1
             else:
                 proxy_unreachable(self.worker, error.strerror or str(error))
