@@ -45,10 +45,14 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
             conn.ack_due = AT_ONCE
             return
     offset = (seg.seq - rcv.nxt) & MASK
-    if not _acceptable(rcv.wnd, offset, seg_len + bool(seg.flags & FIN) + bool(seg.flags & SYN)):
-        if not seg.flags & RST:
-            conn.ack_due = AT_ONCE
-        return
+    fin = bool(seg.flags & FIN)
+    acceptable = _acceptable(rcv.wnd, offset, seg_len + fin + bool(seg.flags & SYN))
+    if not acceptable:
+        if seg.flags & RST:
+            return
+        conn.ack_due = AT_ONCE
+        if rcv.wnd or offset:
+            return  # else the window is closed: the ACK of a probe is taken all the same, its text and FIN are not
     if conn.timestamps and seg.ts_present and (offset == 0 or offset >= HALF):
         conn.ts_recent = seg.ts_val  # R3: the segment covers the last ACK sent
 
@@ -66,11 +70,10 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
         return
 
     # Fifth, check the ACK field.
-    if not seg.flags & ACK or not _ack_arrives(conn, seg, seg_len, now):
+    if not seg.flags & ACK or not _ack_arrives(conn, seg, seg_len, now) or not acceptable:
         return
 
     # Sixth, the URG bit: ignored, urgent text is text (RFC 9293, 3.8.5). Seventh, process the segment text.
-    fin = bool(seg.flags & FIN)
     if conn.state in RECEIVING:
         if fin and rcv.fin_at < 0:
             position = seg_len - (-offset & MASK) if offset >= HALF else offset + seg_len
@@ -91,7 +94,7 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
 def _acceptable(wnd: int, offset: int, occupied: int) -> bool:
     """The four cases of RFC 9293, table 6; offset is SEG.SEQ - RCV.NXT modulo 2**32, occupied is SEG.LEN."""
     if occupied == 0:
-        return offset == 0 or offset < wnd
+        return offset <= wnd  # at the right edge too: there a peer acknowledges that has filled the window
     if wnd == 0:
         return False
     return offset < wnd or (offset + occupied - 1) & MASK < wnd
@@ -169,6 +172,8 @@ def check_fin(conn: Connection) -> None:
         return
     rcv.fin_at = -1
     rcv.nxt = (rcv.nxt + 1) & MASK
+    if rcv.wnd >= HALF:
+        rcv.adv = rcv.nxt  # the text filled the window, and the FIN stood behind it
     conn.ack_due = AT_ONCE
     conn.events |= REMOTE_CLOSED
     if conn.state == ESTABLISHED:

@@ -76,6 +76,8 @@ class Connection:
         "snd",
         "state",
         "syn_due",
+        "timed_at",
+        "timed_seq",
         "timestamps",
         "ts_recent",
         "wants_room",
@@ -96,6 +98,7 @@ class Connection:
             rcv.scale = RECEIVE_SCALE
         else:
             rcv.buffer = min(rcv.buffer, 65535)
+        rcv.step = min(rcv.buffer // 2, 2 * mss)
         snd.wnd = snd.max_wnd = syn.wnd  # the window of a SYN is never scaled (RFC 7323, 2.2)
         snd.wl1 = syn.seq
         #: Eff.snd.MSS (RFC 9293, 3.7.1): what the peer takes, less our options
@@ -105,6 +108,8 @@ class Connection:
         self.pingpong = False  #: our data answers theirs soon: ACKs may ride on it
         self.dup_acks = 0
         self.retries = 0  #: of the oldest segment in flight
+        self.timed_at = -1.0  #: without timestamps: when the text that is timed was sent, -1 = none is
+        self.timed_seq = 0  #: the sequence number behind it
         self.rto_at = inf  #: when the retransmission timer fires
         self.persist_at = inf  #: when the next window probe goes out
         self.wants_room = False  #: the relay has data that the window does not take
@@ -154,7 +159,7 @@ class Connection:
         """See whether what the proxy took (`rcv.pending` fell) opens the window by enough to say so."""
         rcv = self.rcv
         edge = (rcv.nxt + rcv.buffer - rcv.pending) & MASK
-        if (edge - rcv.adv + HALF) & MASK >= HALF + min(rcv.buffer // 2, 2 * self.announced_mss):
+        if (edge - rcv.adv + HALF) & MASK >= HALF + rcv.step:
             self.ack_due = AT_ONCE
 
     def take_events(self) -> int:
@@ -215,6 +220,9 @@ class Connection:
             # Below the clock's tick there is nothing new to learn once the timeout is at its minimum.
             if 0 < elapsed < MAX_RTT or (not elapsed and self.rtt.rto != MIN_RTO):
                 self.rtt.sample(elapsed / 1000 or GRANULARITY / 2)
+        elif self.timed_at >= 0 and (una - self.timed_seq) & MASK < HALF:
+            self.rtt.sample(now - self.timed_at or GRANULARITY / 2)
+            self.timed_at = -1.0
         if congestion.recovering:
             if (una - snd.recover) & MASK < HALF:
                 congestion.recovered()
@@ -252,6 +260,7 @@ class Connection:
                 self.retries = 0  # the peer answers: it may keep its window shut as long as it likes
                 if wnd:
                     self.persist_at = inf
+                    self.rtt.end_back_off()
 
     def text_in_order(self, seg: Segment, now: float) -> None:
         """Advance RCV.NXT over the whole text of seg, and see when the ACK is due."""

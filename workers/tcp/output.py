@@ -27,13 +27,20 @@ def segment_to_send(conn: Connection, out: Segment, now: float) -> bool:
         conn.reset_due = False
         _fill(conn, out, RST | ACK, snd.max, 0, now)
         return True
-    if state in (SYN_RECEIVED, CLOSED):
-        return _syn_to_send(conn, out, now) if conn.syn_due else False
+    if state == CLOSED:
+        return False
+    if state == SYN_RECEIVED:
+        if conn.syn_due:
+            return _syn_to_send(conn, out, now)
+        return conn.ack_due == AT_ONCE and ack_to_send(conn, out, now)
     if conn.retransmit_due:
         conn.retransmit_due = False
         if snd.una != snd.max:
-            length = min((snd.end - snd.una) & MASK, conn.smss)
-            fin = snd.fin and (snd.una + length) & MASK == snd.end
+            conn.timed_at = -1.0  # whose ACK comes cannot be known any more (Karn's algorithm)
+            sent = (snd.max - snd.una) & MASK
+            queued = (snd.end - snd.una) & MASK
+            length = min(queued, sent, conn.smss)
+            fin = length == queued < sent
             _fill(conn, out, FIN | ACK if fin else ACK, snd.una, length, now)
             if snd.nxt == snd.una:
                 snd.nxt = (snd.una + length + fin) & MASK
@@ -59,9 +66,12 @@ def ack_to_send(conn: Connection, out: Segment, now: float) -> bool:
 def _syn_to_send(conn: Connection, out: Segment, now: float) -> bool:
     snd = conn.snd
     conn.syn_due = False
-    snd.nxt = snd.max = (snd.iss + 1) & MASK
+    snd.nxt = snd.max = conn.timed_seq = (snd.iss + 1) & MASK
     if conn.rto_at == inf:
         conn.rto_at = now + conn.rtt.rto
+        conn.timed_at = now
+    else:
+        conn.timed_at = -1.0
     _fill(conn, out, SYN | ACK, snd.iss, 0, now)
     out.wnd = min(conn.rcv.buffer, 65535)  # never scaled in a SYN (RFC 7323, 2.2)
     out.mss = conn.announced_mss
@@ -105,7 +115,7 @@ def _fill(conn: Connection, out: Segment, flags: int, seq: int, length: int, now
     out.ack = rcv.nxt
     # The right edge moves only by steps that are worth an ACK (RFC 9293, 3.8.6.2.2), and never back.
     ahead = (rcv.nxt + rcv.buffer - rcv.pending - rcv.adv) & MASK
-    if 2 * conn.announced_mss <= ahead < HALF:
+    if rcv.step <= ahead < HALF:
         rcv.adv = (rcv.adv + ahead) & MASK
     wnd = ((rcv.adv - rcv.nxt) & MASK) >> rcv.scale
     out.wnd = wnd if wnd < 65536 else 65535
@@ -115,5 +125,8 @@ def _fill(conn: Connection, out: Segment, flags: int, seq: int, length: int, now
         out.ts_ecr = conn.ts_recent
     else:
         out.ts_present = False
+        if length and conn.timed_at < 0 and seq == conn.snd.max:
+            conn.timed_at = now
+            conn.timed_seq = (seq + length) & MASK
     conn.ack_due = NOT_DUE
     rcv.unacked = 0

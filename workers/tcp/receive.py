@@ -16,7 +16,20 @@ MAX_PIECES: Final = 1024  #: out-of-order pieces kept for one connection; more a
 class ReceiveSpace:
     """RCV.*; all sequence numbers modulo 2**32, sizes in octets."""
 
-    __slots__ = ("adv", "buffer", "fin_at", "irs", "nxt", "pending", "pieces", "scale", "taken", "text_at", "unacked")
+    __slots__ = (
+        "adv",
+        "buffer",
+        "fin_at",
+        "irs",
+        "nxt",
+        "pending",
+        "pieces",
+        "scale",
+        "step",
+        "taken",
+        "text_at",
+        "unacked",
+    )
 
     def __init__(self, irs: int, buffer: int) -> None:
         self.irs = irs  #: IRS, the initial receive sequence number
@@ -25,6 +38,7 @@ class ReceiveSpace:
         self.adv = (self.nxt + min(buffer, 65535)) & MASK  #: RCV.NXT + RCV.WND, the right edge as last advertised
         self.scale = 0  #: Rcv.Wind.Shift (RFC 7323)
         self.pending = 0  #: octets delivered that the proxy has not taken yet; the relay keeps it true
+        self.step = buffer // 2  #: octets; the right edge moves by no less (RFC 9293, 3.8.6.2.2)
         self.unacked = 0  #: octets of text received since the last ACK was sent
         self.text_at = -1.0  #: when text last arrived
         self.taken = 0  #: octets of the stream delivered so far: the position of RCV.NXT, never wraps

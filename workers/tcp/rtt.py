@@ -29,6 +29,11 @@ class RttEstimator:
         rto = self.srtt + max(GRANULARITY, 4 * self.rttvar)
         self.rto = MIN_RTO if rto < MIN_RTO else min(rto, MAX_RTO)
 
+    def end_back_off(self) -> None:
+        """Go back to the timeout that the measurements give: it was window probes that doubled it."""
+        rto = self.srtt + max(GRANULARITY, 4 * self.rttvar) if self.srtt else INITIAL_RTO
+        self.rto = MIN_RTO if rto < MIN_RTO else min(rto, MAX_RTO)
+
     def back_off(self) -> None:
         """Double the timeout (5.5)."""
         self.rto = min(self.rto * 2, MAX_RTO)
