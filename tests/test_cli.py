@@ -175,7 +175,6 @@ def test_exit_codes_of_run(ran: list[Config], capsys: pytest.CaptureFixture[str]
         ("check --target h", "--target h: allowed is HOST:PORT"),
         ("check --require everything", "Invalid value for '--require'"),
         ("status --interval no", "Invalid value for '--interval'"),
-        ("run --user nobody-of-this-name", "user 'nobody-of-this-name' does not exist"),
     ],
 )
 def test_usage_errors_are_one_line(
