@@ -115,9 +115,11 @@ class Worker:
                     if fd == port_fd:
                         raise  # the device is gone
                     self._broken(handler, now)
-            if timers.next_at <= now:
+            try:
                 timers.run(now)
-            tcp.run(now)
+                tcp.run(now)
+            except Exception:
+                self._broken(None, now)
             port.flush()
             if port.packets:
                 count[counts.FRAMES_TO_DEVICE] += port.packets
