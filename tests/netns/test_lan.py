@@ -33,7 +33,7 @@ def test_lan_client(world: World, placement: str, offload: str) -> None:
             download(lan, address, target.port, 16 << 20)
             for _ in range(20):
                 echo(lan, address, target.port)
-            for size in (1, 1400, 4000):
+            for size in (1, 1400):
                 udp_echo(lan, address, udp.port, os.urandom(size))
 
 

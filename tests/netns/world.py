@@ -234,6 +234,9 @@ class World:
             f"route add default via {NET_GW4} table {MARK}",
             f"-6 route add default via {NET_GW6} table {MARK}",
         )
+        # Only a host that forwards says by ICMP what it cannot reach.
+        self.net.sysctl("net/ipv4/ip_forward", 1)
+        self.net.sysctl("net/ipv6/conf/all/forwarding", 1)
         self.net.ip(
             f"addr add {NET_GW4}/24 dev gw0",
             f"addr add {NET_GW6}/64 dev gw0 nodad",
