@@ -81,8 +81,6 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
                 rcv.fin_at = rcv.taken + position
         if seg_len:
             _text_arrives(conn, seg, seg_len, offset, memory, now)
-        elif offset:
-            conn.ack_due = AT_ONCE
 
     # Eighth, check the FIN bit: done when the text before it is in order, by the relay after take_reassembled().
     if fin:
