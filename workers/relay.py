@@ -264,14 +264,10 @@ class Relay:
         out = self.flows.out
         payload = frame + HEADROOM
         seq = conn.snd.end
-        conn.send(length)
-        went = conn.segment_to_send(out, now)
-        if not went or out.len != length or out.seq != seq:
-            # Something else went first, or the window allows less: from a copy, at any size.
+        if not conn.text_at_once(out, length, now):  # something else goes first
             self._unacked.keep_copy(seq, port.tx[payload : payload + length])
             port.large.give(frame)
-            if went:
-                self._transmit(out)
+            conn.send(length)
             self._output(now)
             return
         self._unacked.keep(seq, frame, length)

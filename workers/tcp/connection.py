@@ -102,7 +102,7 @@ class Connection:
         snd.wnd = snd.max_wnd = syn.wnd  # the window of a SYN is never scaled (RFC 7323, 2.2)
         snd.wl1 = syn.seq
         #: Eff.snd.MSS (RFC 9293, 3.7.1): what the peer takes, less our options
-        self.smss = max(min(syn.mss or DEFAULT_MSS, mss) - (12 if syn.ts_present else 0), 32)
+        self.smss = max(min(syn.mss or DEFAULT_MSS, mss, MAX_PACKET) - (12 if syn.ts_present else 0), 32)
         self.congestion = NewReno(self.smss)
         self.ack_due = NOT_DUE
         self.pingpong = False  #: our data answers theirs soon: ACKs may ride on it
@@ -332,3 +332,4 @@ class Connection:
 
     segment_to_send = output.segment_to_send
     ack_to_send = output.ack_to_send
+    text_at_once = output.text_at_once

@@ -107,6 +107,24 @@ def _text_to_send(conn: Connection, out: Segment, now: float) -> bool:
     return True
 
 
+def text_at_once(conn: Connection, out: Segment, octets: int, now: float) -> bool:
+    """Queue octets just read, as many as room() allowed, and fill `out` with all of them: send() and the rest in one.
+
+    The fast path of segment_to_send. False: something else is due first; nothing was queued.
+    """
+    snd = conn.snd
+    seq = snd.nxt
+    if seq != snd.end or conn.retransmit_due or conn.probe_due or snd.fin:
+        return False
+    if now - conn.rcv.text_at < DELAYED_ACK:
+        conn.pingpong = True
+    _fill(conn, out, ACK | PSH, seq, octets, now)
+    snd.nxt = snd.end = snd.max = (seq + octets) & MASK
+    if conn.rto_at == inf:
+        conn.rto_at = now + conn.rtt.rto
+    return True
+
+
 def _fill(conn: Connection, out: Segment, flags: int, seq: int, length: int, now: float) -> None:
     rcv = conn.rcv
     out.flags = flags
