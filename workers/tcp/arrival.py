@@ -46,10 +46,13 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
             return
     offset = (seg.seq - rcv.nxt) & MASK
     fin = bool(seg.flags & FIN)
-    acceptable = _acceptable(rcv.wnd, offset, seg_len + fin + bool(seg.flags & SYN))
+    occupied = seg_len + fin + bool(seg.flags & SYN)
+    acceptable = _acceptable(rcv.wnd, offset, occupied)
     if not acceptable:
         if seg.flags & RST:
             return
+        if conn.timestamps and (offset + occupied) & MASK == 0:
+            conn.ts_recent = seg.ts_val  # our ACK of it was lost: echo this copy, or the peer measures a timeout
         conn.ack_due = AT_ONCE
         if rcv.wnd or offset:
             return  # else the window is closed: the ACK of a probe is taken all the same, its text and FIN are not
