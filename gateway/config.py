@@ -53,6 +53,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     udp_address: str = "auto"
     public_only: bool = False
     enable_dns_cache: bool = False
+    offloads: bool = True
     loglevel: Literal["debug", "info", "warn", "error", "silent"] = "info"
     control: str = ""
     user: str = "nobody"

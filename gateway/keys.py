@@ -347,6 +347,14 @@ KEYS: Final[tuple[Key, ...]] = (
         boolean=True,
     ),
     Key(
+        "offloads",
+        "Let the kernel hand over and take super-segments and unfinished checksums (=false: packet by packet).",
+        _BOOLEAN_ALLOWED,
+        _boolean,
+        "BOOL",
+        boolean=True,
+    ),
+    Key(
         "loglevel",
         "What is logged to standard error.",
         "debug, info, warn, error or silent",

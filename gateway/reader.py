@@ -16,6 +16,7 @@ from ipc.layout import ADDRESS_MASK, FRAME_SIZE, LENGTH_SHIFT, RX_FRAMES
 from ipc.memory import SharedMemory
 from ipc.pool import FramePool
 from ipc.ring import Consumer, Producer
+from ipc.wait import spin
 from workers.wire.flowkey import BUCKETS, bucket_of
 
 if TYPE_CHECKING:
@@ -63,10 +64,10 @@ class Reader:
         """Read until told to stop."""
         device_fd = self.device.fileno()
         channel_fd = self.channel.fileno()
-        poll = self._epoll.poll
+        poller = self._epoll
         self.channel.send({"event": "ready"})
         while True:
-            events = poll()
+            events = (busy_poll and spin(poller, busy_poll)) or poller.poll()
             self.count[WAKEUPS] += 1
             for fd, _ in events:
                 if fd == channel_fd:

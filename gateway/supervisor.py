@@ -96,7 +96,7 @@ class Supervisor:
             # From now on a signal is noted; the loop acts on it when it runs.
             loop.catch(SIGNALS, self._signalled)
             self._health = ProxyHealth(loop, proxy_name(self._proxy))
-            self._device = open_device(config.device, mtu=config.mtu)
+            self._device = open_device(config.device, mtu=config.mtu, offloads=config.offloads)
             undo.callback(self._device.close)
             self._open_control(undo)
             if self._proxy.scheme != "direct":

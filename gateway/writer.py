@@ -13,6 +13,7 @@ from ipc.channel import Channel, ChannelClosed
 from ipc.layout import ADDRESS_MASK, LENGTH_MASK, LENGTH_SHIFT, MORE
 from ipc.memory import SharedMemory
 from ipc.ring import Consumer, Producer
+from ipc.wait import spin
 
 if TYPE_CHECKING:
     from gateway.device import Device
@@ -52,14 +53,13 @@ class Writer:
 
     def run(self, busy_poll: float) -> None:
         """Write until told to stop, and then what is still there."""
-        poll = self._epoll.poll
+        poller = self._epoll
         channel_fd = self.channel.fileno()
         by_fd = self._by_fd
         self.channel.send({"event": "ready"})
         looked_again = True
         while True:
-            # Who was just busy looks once more before it sleeps: a wakeup costs more than a system call.
-            events = poll() if looked_again else poll(0)
+            events = poller.poll() if looked_again else spin(poller, busy_poll)
             looked_again = not events
             self.count[WAKEUPS] += 1
             more = []

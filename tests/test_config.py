@@ -72,6 +72,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "udp-address": "as-told",
         "public-only": True,
         "enable-dns-cache": True,
+        "offloads": False,
         "loglevel": "silent",
         "control": "/tmp/ringway.sock",
         "user": "daemon",

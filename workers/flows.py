@@ -32,6 +32,7 @@ SYNS_A_BREATH: Final = 64  #: new flows of one batch; flows that run come first,
 TIME_WAIT_SECONDS: Final = 60.0  # Linux TCP_TIMEWAIT_LEN; RFC 9293 says 2 × 2 minutes
 MAX_TIME_WAIT: Final = 8192  #: connections in TIME-WAIT of one worker; the oldest goes first
 SWEEP_SECONDS: Final = 15.0  #: between two looks at all flows for idle ones
+RETRY_SECONDS: Final = 0.001  #: between two looks for a free frame
 MIN_MSS: Final = 88  #: octets; Linux TCP_MIN_MSS: a smaller offer is an attack
 
 
@@ -110,6 +111,7 @@ class TcpFlows:
         self._waiting = 0  #: flows of the table that are in TIME-WAIT
         self._secret = os.urandom(16)
         self._sweep_at = inf
+        self._retry_at = inf  #: when the starved look for a frame again; completions do not wake anybody
         self._protocol_error = ""
 
     # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -213,10 +215,11 @@ class TcpFlows:
             ready, self.ready = self.ready, []
             for relay in ready:
                 relay.read_again(now)
-        if self.starved and self.port.large.free:
+        if self.starved:
             starved, self.starved = self.starved, []
             for relay in starved:
                 relay.read_again(now)
+            self._retry_at = now + RETRY_SECONDS if self.starved else inf
         delayed = self.delayed
         while delayed and delayed[0][0] <= now:
             delayed.popleft()[1].delayed_ack_due(now)
@@ -243,7 +246,7 @@ class TcpFlows:
         """When run() has something to do; inf: not before the next frame or event."""
         if self.ready:
             return 0.0
-        at = self._sweep_at
+        at = self._sweep_at if self._sweep_at < self._retry_at else self._retry_at
         if self.delayed and self.delayed[0][0] < at:
             at = self.delayed[0][0]
         if self._pending and self._pending[0][0] < at:

@@ -15,6 +15,7 @@ from typing import Final
 
 from ipc.channel import Channel, ChannelClosed, Message
 from ipc.layout import ADDRESS_MASK, LENGTH_SHIFT
+from ipc.wait import spin
 from workers import counts
 from workers.dial import Dial
 from workers.flows import TcpFlows
@@ -83,7 +84,7 @@ class Worker:
     def run(self) -> None:
         """Breathe until told to stop."""
         monotonic = time.monotonic
-        poll = self._epoll.poll
+        poller = self._epoll
         handlers = self.handlers
         timers = self.timers
         tcp = self.tcp
@@ -95,14 +96,11 @@ class Worker:
         now = monotonic()
         self.report({"event": "ready"})
         while not self._stopping:
-            # Who was just busy looks once more before it sleeps: a wakeup costs more than a system call.
             next_at = min(tcp.next_at, timers.next_at)
             if not looked_again or next_at <= now:
-                events = poll(0, MAX_EVENTS)
-                if not events and busy_poll:
-                    events = self._busy_poll(now + busy_poll)
+                events = spin(poller, busy_poll, MAX_EVENTS)
             else:
-                events = poll(None if next_at == inf else max(next_at - now, 0.001), MAX_EVENTS)
+                events = poller.poll(None if next_at == inf else max(next_at - now, 0.001), MAX_EVENTS)
             looked_again = not events
             now = monotonic()
             for fd, mask in events:
@@ -128,12 +126,6 @@ class Worker:
         tcp.stop(now)
         self.udp.stop(now)
         port.flush()
-
-    def _busy_poll(self, until: float) -> list[tuple[int, int]]:
-        while True:
-            events = self._epoll.poll(0, MAX_EVENTS)
-            if events or time.monotonic() >= until:
-                return events
 
     def _frames_wait(self, mask: int, now: float) -> None:
         """Take all frames that wait, then do what the batch owes."""
