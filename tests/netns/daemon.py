@@ -59,6 +59,7 @@ class Ringway:
 
     def start(self, *, wait: bool = True) -> "Ringway":
         notify_path = self._directory / "notify.sock"
+        notify_path.unlink(missing_ok=True)  # of an earlier start
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify:
             notify.bind(str(notify_path))

@@ -44,9 +44,10 @@ def test_malformed_frames_from_a_socket(world: World) -> None:
             world, *DIRECT, device=f"fd://{theirs.fileno()}", pass_fds=[theirs.fileno()], routes=False
         ) as ringway:
             theirs.close()
-            ours.settimeout(5)
+            # Not blocking at all: a timeout would make recv() wait even with MSG_DONTWAIT.
+            ours.setblocking(False)
             for frame in malformed(2, 5_000):
-                ours.send(frame)
+                eventually(lambda frame=frame: _sent(ours, frame), "the device takes a frame")  # type: ignore[misc]
                 _drain(ours)
             ringway.check_log()
             # An echo request to Ringway's own address is answered: it is alive and well.
@@ -57,8 +58,7 @@ def test_malformed_frames_from_a_socket(world: World) -> None:
             ours.send(ipv4(ICMP, "198.18.0.1", "198.18.0.2", b"\x08\0" + value.to_bytes(2, "big") + body))
 
             def replied() -> bool:
-                reply = ours.recv(65536)
-                return reply[9:10] == b"\x01" and reply[-len(body) :] == body
+                return any(reply[9:10] == b"\x01" and reply[-len(body) :] == body for reply in _drain(ours))
 
             eventually(replied, "the ping is answered", 5)
 
@@ -74,10 +74,11 @@ def test_syn_flood_while_a_bulk_flow_runs(world: World) -> None:
         memory = pss(ringway)
         flood = _Flood(world, [*forged_syns(20_000, 81), *forged_syns(5_000, target.port, 2)])
         with flood:
-            for _ in range(3):
+            give_up_at = time.monotonic() + 40
+            while flood.sent < 10_000:
                 download(world.gw, TARGET4, target.port, 16 << 20)
                 udp_echo(world.gw, TARGET4, udp.port, tries=6)
-        assert flood.sent > 2_000
+                assert time.monotonic() < give_up_at, f"{flood.sent} forged SYNs in 40 s"
         assert pss(ringway) - memory < 64 << 20
         ringway.check_log()
 
@@ -99,12 +100,14 @@ def test_pending_connects_are_bounded(world: World) -> None:
     ) as ringway, Injector(world.gw) as injector:  # fmt: skip
         for port in range(2000):
             injector.send(tcp(("198.18.0.1", 1024 + port), (SILENT4, 80), 2))
-        sockets = []
-        give_up_at = time.monotonic() + 2
-        while time.monotonic() < give_up_at:
-            sockets.append(sum(len(process.net_connections("tcp")) for process in ringway.tree()))
-        assert 0 < max(sockets) <= 60, max(sockets)
-        assert ringway.flows() <= 60
+
+        def connecting() -> int:
+            return len(world.gw.run(["ss", "-Htan", "state", "syn-sent"]).stdout.splitlines())
+
+        eventually(lambda: connecting() >= 50, "connects are under way", 3)
+        most = max(connecting() for _ in range(20))
+        assert most <= 50, f"{most} connects at once"
+        assert ringway.flows() <= 50
 
 
 def test_segments_of_no_flow_are_answered_with_reset(world: World) -> None:
@@ -150,9 +153,19 @@ class _Flood:
         self._injector.__exit__()
 
 
-def _drain(end: socket.socket) -> None:
+def _sent(end: socket.socket, frame: bytes) -> bool:
+    try:
+        end.send(frame)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _drain(end: socket.socket) -> list[bytes]:
+    """Return what is there."""
+    received = []
     try:
         while True:
-            end.recv(65536, socket.MSG_DONTWAIT)
+            received.append(end.recv(65536))
     except BlockingIOError:
-        pass
+        return received

@@ -7,22 +7,29 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.netns.daemon import DIRECT, Ringway
 from tests.netns.test_tcp import open_many
-from tests.netns.traffic import Target, UdpTarget, download, echo, udp_echo
+from tests.netns.traffic import Target, UdpTarget, download, echo, udp_echo, upload
 from tests.netns.world import TARGET4, World, eventually
 
 pytestmark = pytest.mark.netns
 
 
 class Load:
-    """Downloads that go round and round until told to stop; `failures` holds what went wrong."""
+    """Transfers that go round and round until told to stop; `failures` holds what went wrong.
 
-    def __init__(self, world: World, target: Target, count: int = 2) -> None:
+    A client of a lost worker learns of it when it sends: one that only receives waits. Hence `move`: where workers are
+    killed the load is uploads.
+    """
+
+    def __init__(
+        self, world: World, target: Target, count: int = 2, move: Callable[..., None] = download
+    ) -> None:  # fmt: skip
+        self._move = move
         self.failures: list[BaseException] = []
         self.rounds = 0
         self._stop = threading.Event()
@@ -31,7 +38,7 @@ class Load:
     def _pull(self, world: World, target: Target) -> None:
         while not self._stop.is_set():
             try:
-                download(world.gw, TARGET4, target.port, 4 << 20)
+                self._move(world.gw, TARGET4, target.port, 4 << 20)
                 self.rounds += 1
             except (OSError, AssertionError) as error:
                 self.failures.append(error)
@@ -116,14 +123,14 @@ def test_worker_dies_under_load(world: World) -> None:
     with (
         Target(world.net) as target,
         Ringway(world, *DIRECT, "--workers", "2") as ringway,
-        Load(world, target, 4) as load,
+        Load(world, target, 4, upload) as load,
     ):
         for _ in range(2):
             old = ringway.pid("worker", 0)
             os.kill(old, signal.SIGKILL)
             replaced(ringway, "worker", old)
             load.goes_on()
-        # Each kill may end what ran through that shard: at most four downloads, and the attempts of the moment.
+        # Each kill may end what ran through that shard: at most four uploads, and the attempts of the moment.
         assert len(load.failures) < 30, load.failures[:5]
         assert not [error for error in load.failures if isinstance(error, AssertionError)]
 
