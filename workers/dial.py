@@ -68,7 +68,7 @@ class Dial:
         if upstream.direct:
             target = (socket.inet_ntop(family, host), port)
         elif upstream.proxy is None:
-            flows.table[key] = self
+            self._enter_table()
             flows.refuse(self, RESET, now)
             return
         else:
@@ -76,13 +76,17 @@ class Dial:
             family = upstream.proxy_family
             self._handshake = SocksHandshake(CONNECT, host, port, flows.username, flows.password)
         self._socket = opened = upstream.open(family, socket.SOCK_STREAM)
-        flows.table[key] = self
+        self._enter_table()
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = opened.connect_ex(target)
         if error and error != errno.EINPROGRESS:
             self._failed(error, now)
             return
         flows.watch(opened.fileno(), EVERYTHING, self.connected)
+
+    def _enter_table(self) -> None:
+        self.flows.table[self.key] = self
+        self.flows.pending += 1
 
     def segment_arrives(self, seg: Segment, now: float) -> None:
         """Ignore the SYN that comes again; the client's RST cancels."""
@@ -168,6 +172,7 @@ class Dial:
         headers = Headers(4 if len(key) == 12 else 6, reply_addresses(key), conn.smss, conn.timestamps)
         relay = Relay(flows, key, conn, headers, opened, now)
         flows.table[key] = relay
+        flows.pending -= 1
         flows.handlers[opened.fileno()] = relay.socket_ready
         relay.begin(surplus, now)
         if mask & ~EPOLLOUT:

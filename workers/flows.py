@@ -19,6 +19,7 @@ from workers.public import is_public
 from workers.relay import Relay
 from workers.socks.wire import ProtocolError
 from workers.tcp.connection import Connection
+from workers.tcp.events import ENDED
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
 from workers.wire import vnet
@@ -70,7 +71,8 @@ class TimeWait:
                 flows.begin_again(self.key, seg, now)
                 return
         conn.segment_arrives(seg, flows.port.rx, now)
-        conn.events = 0
+        if conn.take_events() & ENDED:  # by RST
+            flows.remove(self.key, self)
         while conn.segment_to_send(flows.out, now):
             flows.transmit(self.headers, flows.out)
 
@@ -106,7 +108,8 @@ class TcpFlows:
         self._settings = settings
         self._seg = Segment()
         self._syns: list[tuple[bytes, bytes, Segment]] = []  # flow, packet, SYN
-        self._pending: deque[tuple[float, Dial]] = deque()  #: by connect deadline, with those that are done
+        self.pending = 0  #: flows of the table that are dials; a dial keeps it true
+        self._connecting: deque[tuple[float, Dial]] = deque()  #: by connect deadline, with those that are done
         self._time_wait: deque[tuple[float, TimeWait]] = deque()  #: by end, with those that were replaced
         self._waiting = 0  #: flows of the table that are in TIME-WAIT
         self._secret = os.urandom(16)
@@ -134,7 +137,7 @@ class TcpFlows:
         seg.wnd = wnd
         seg.len = end - text_at
         seg.text_at = text_at
-        if option == USUAL_TIMESTAMPS and text_at - transport == 32:
+        if option == USUAL_TIMESTAMPS and bits & 0xF002 == 0x8000:  # 32 octets, no SYN: the usual segment
             seg.ts_present = True
             seg.ts_val = ts_val
             seg.ts_ecr = ts_ecr
@@ -223,9 +226,9 @@ class TcpFlows:
         delayed = self.delayed
         while delayed and delayed[0][0] <= now:
             delayed.popleft()[1].delayed_ack_due(now)
-        pending = self._pending
-        while pending and (pending[0][0] <= now or self.table.get(pending[0][1].key) is not pending[0][1]):
-            dial = pending.popleft()[1]
+        connecting = self._connecting
+        while connecting and (connecting[0][0] <= now or self.table.get(connecting[0][1].key) is not connecting[0][1]):
+            dial = connecting.popleft()[1]
             if self.table.get(dial.key) is dial:
                 dial.timed_out(now)
         waiting = self._time_wait
@@ -238,7 +241,7 @@ class TcpFlows:
             self._sweep(now)
         count = self.count
         count[counts.TCP_FLOWS] = len(self.table) - self._waiting
-        count[counts.TCP_PENDING] = len(pending)
+        count[counts.TCP_PENDING] = self.pending
         count[counts.TCP_TIME_WAIT] = self._waiting
 
     @property
@@ -249,8 +252,8 @@ class TcpFlows:
         at = self._sweep_at if self._sweep_at < self._retry_at else self._retry_at
         if self.delayed and self.delayed[0][0] < at:
             at = self.delayed[0][0]
-        if self._pending and self._pending[0][0] < at:
-            at = self._pending[0][0]
+        if self._connecting and self._connecting[0][0] < at:
+            at = self._connecting[0][0]
         if self._time_wait and self._time_wait[0][0] + 1.0 < at:  # late by a second: many end in one wakeup
             at = self._time_wait[0][0] + 1.0
         return at
@@ -274,7 +277,7 @@ class TcpFlows:
         if len(self.table) >= settings.max_flows:
             self.count[counts.TCP_SYN_DROPPED_FLOWS] += 1
             return
-        if len(self._pending) >= settings.max_pending:
+        if self.pending >= settings.max_pending:
             self.count[counts.TCP_SYN_DROPPED_PENDING] += 1
             return
         destination = key[4:8] if len(key) == 12 else key[16:32]
@@ -293,7 +296,7 @@ class TcpFlows:
         except OSError:
             self.count[counts.TCP_SYN_DROPPED_DESCRIPTORS] += 1
             return
-        self._pending.append((now + settings.connect_timeout, dial))
+        self._connecting.append((now + settings.connect_timeout, dial))
         if self._sweep_at == inf:
             self._sweep_at = now + SWEEP_SECONDS
 
@@ -334,6 +337,8 @@ class TcpFlows:
             del self.table[key]
             if isinstance(flow, TimeWait):
                 self._waiting -= 1
+            elif isinstance(flow, Dial):
+                self.pending -= 1
 
     def end_broken(self, flow: Flow, now: float) -> None:
         """End a flow in which an exception of our own was raised, as well as its state allows."""

@@ -34,7 +34,7 @@ from workers.tcp.events import (
 )
 from workers.tcp.limits import DELAYED_ACK
 from workers.tcp.segment import Segment
-from workers.tcp.states import SYN_RECEIVED, TIME_WAIT
+from workers.tcp.states import CLOSED, SYN_RECEIVED, TIME_WAIT
 from workers.unacked import Unacked
 from workers.wire.tcp import Headers
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from workers.flows import TcpFlows
 
 PROMPT: Final = 16 * 1024  #: octets; a packet as large as this does not wait for the end of the breath
+LINGER_SECONDS: Final = 60.0  #: without progress, for text that outlives its connection; Linux tcp_fin_timeout
 MAX_PIECES: Final = 64  #: buffers of one sendmsg; IOV_MAX is 1,024
 RESET_ON_CLOSE: Final = pack("ii", 1, 0)  # struct linger: close() sends RST
 
@@ -196,7 +197,10 @@ class Relay:
         """Take an edge-triggered event of the socket."""
         if mask & EPOLLOUT and self._backlog:
             self._send_backlog(now)
-        if mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        if self._proxy_closed:
+            if mask & EPOLLERR and self._socket is not None:
+                self._proxy_failed(now)
+        elif mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             if mask & ~(EPOLLIN | EPOLLOUT):
                 self._hup = True
             self._readable = True
@@ -249,6 +253,7 @@ class Relay:
         if not length:
             port.large.give(frame)
             self._proxy_closed = True
+            self._readable = False
             conn.close()
             if self._client_closed and not self._backlog:
                 self._close_socket()
@@ -291,6 +296,7 @@ class Relay:
                 self._proxy_failed(now)
                 return
             conn.rcv.pending -= taken
+            self.active_at = now
             while backlog and taken >= len(backlog[0]):
                 taken -= len(backlog.pop(0))
             if taken:
@@ -351,10 +357,21 @@ class Relay:
         self._output(now)
         self._end(now)
 
+    def _linger(self, now: float) -> None:
+        """Give up on a proxy that takes nothing more."""
+        if self._socket is not None:
+            if now - self.active_at < LINGER_SECONDS:
+                self.flows.timers.call_at(self.active_at + LINGER_SECONDS, self._linger)
+            else:
+                self._reset_proxy()
+
     def _proxy_failed(self, now: float) -> None:
         """The proxy's connection broke: its RST becomes ours, never a clean end of stream."""
         self.flows.count[counts.TCP_RESET_BY_PROXY] += 1
-        self.abort(now)
+        if self.conn.state in (CLOSED, TIME_WAIT):
+            self._close_socket()  # only text that waited is lost, and nobody is left to be told
+        else:
+            self.abort(now)
 
     def _close_towards_proxy(self) -> None:
         """Pass the client's FIN on."""
@@ -382,8 +399,14 @@ class Relay:
             self._backlog.clear()
 
     def _end(self, now: float) -> None:
-        """Leave the flow table; the client's last words may still need an answer from TIME-WAIT."""
-        self._close_socket()
+        """Leave the flow table; the client's last words may still need an answer from TIME-WAIT.
+
+        Text that the proxy has not taken yet outlives the connection, which the client believes to be well ended.
+        """
+        if self._backlog:
+            self.flows.timers.call_at(now + LINGER_SECONDS, self._linger)
+        else:
+            self._close_socket()
         self._unacked.release_all()
         self._wake_at = inf
         if self.conn.state == TIME_WAIT:
