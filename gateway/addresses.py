@@ -14,6 +14,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from gateway.device import DeviceError
 
+#: packets; the kernel's 500 are gone in 2 ms of small datagrams, less than a reader may have to wait for a CPU (two
+#: cores, echo of 64 octets at ≤ 1 % loss: 54,000 → 97,000 a second in the mean of a few runs)
+QUEUE_LENGTH: Final = 4000
 MIN_MTU6: Final = 1280  #: octets; RFC 8200, 5
 _IFA_F_NODAD: Final = 0x02  # linux/if_addr.h; on our side of a TUN nobody has the address twice
 _ADDR_GEN_NONE: Final = "1"  # IN6_ADDR_GEN_MODE_NONE
@@ -33,7 +36,7 @@ def configure(name: str, *, mtu: int, address: str, mask: str, address6: str = "
     try:
         with IPRoute() as netlink:
             index = _index(netlink, name)
-            netlink.link("set", index=index, mtu=mtu)
+            netlink.link("set", index=index, mtu=mtu, txqlen=QUEUE_LENGTH)
             netlink.addr("add", index=index, address=address, prefixlen=prefix)
             ipv6 = bool(address6) and mtu >= MIN_MTU6 and _add6(netlink, index, ipaddress.IPv6Interface(address6))
             netlink.link("set", index=index, state="up")
