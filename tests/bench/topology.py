@@ -3,7 +3,7 @@
     ┌ lan ──────┐   ┌ client ──────────────────────┐   ┌ gateway ───────────────┐   ┌ net ─────────────────────────┐
     │ lan rows  │   │ all other client programs    │   │ the gateway's processes│   │ proxies 10.77.0.2 …          │
     │  10.4.0.2 ├───┤10.4.0.1   10.1.0.1 (veth)    ├───┤10.1.0.2     10.77.0.1  ├───┤ iperf3, nginx, echoes on     │
-    └───────────┘   │ 203.0.96.0/24  → 10.1.0.2    │   │ forwards (`direct`)    │   │ 203.0.96.0/19, all of it     │
+    └───────────┘   │ 203.0.96.0/24  → 10.1.0.2    │   │ forwards (`direct`)    │   │ 203.0.0.0/16, all of it      │
                     │ 203.0.97.0/24  → TUN rw1 ─ ─ ┼ ─ ┤ ─ fd of rw1, rw2, …    │   │                              │
                     │ 203.0.98.0/24  → TUN rw2 ─ ─ ┼ ─ ┤                        │   │                              │
                     └──────────────────────────────┘   └────────────────────────┘   └──────────────────────────────┘
@@ -81,14 +81,14 @@ class Topology:
         )  # fmt: skip
         self.gateway.ip(
             "addr add 10.1.0.2/24 dev client0", "addr add 10.77.0.1/24 dev net0", "route add 10.4.0.0/24 via 10.1.0.1",
-            "route add 203.0.96.0/19 via 10.77.0.2",
+            "route add 203.0.0.0/16 via 10.77.0.2",
         )  # fmt: skip
         self.net.ip(
             *(f"addr add 10.77.0.{host}/24 dev gw0" for host in range(2, 8)),
             "addr add fd00:77::2/64 dev gw0 nodad",
             "route add 10.1.0.0/24 via 10.77.0.1",
             "route add 10.4.0.0/24 via 10.77.0.1",
-            "route add local 203.0.96.0/19 dev lo",
+            "route add local 203.0.0.0/16 dev lo",
         )
         for namespace in (self.client, self.gateway):
             namespace.sysctl("net/ipv4/ip_forward", 1)

@@ -33,7 +33,7 @@ def test_echo_up_to_the_mtu(stage: Stage, version: int, size: int) -> None:
 @pytest.mark.parametrize(("version", "size"), [(4, 1473), (4, 8000), (6, 1453), (6, 8000)])
 def test_echo_beyond_the_mtu(stage: Stage, version: int, size: int) -> None:
     """Datagrams come as IP fragments in both directions."""
-    udp_echo(stage.world.gw, target_address(version), stage.udp(version).port, os.urandom(size), tries=1)
+    udp_echo(stage.world.gw, target_address(version), stage.udp(version).port, os.urandom(size), tries=1, timeout=0.5)
 
 
 @pytest.mark.xfail(reason="IP fragments are dropped and counted; reassembly is not built yet")

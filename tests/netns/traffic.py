@@ -265,11 +265,13 @@ def echo(namespace: Namespace, address: str, port: int, payload: bytes = b"hello
         assert read_exactly(connection, len(payload)) == payload
 
 
-def udp_echo(namespace: Namespace, address: str, port: int, payload: bytes | None = None, tries: int = 3) -> None:
+def udp_echo(
+    namespace: Namespace, address: str, port: int, payload: bytes | None = None, tries: int = 3, timeout: float = 3.0
+) -> None:
     """Send a datagram and expect it back; UDP may lose, so a few are sent."""
     payload = os.urandom(32) if payload is None else payload
     with namespace.socket(family_of(address), socket.SOCK_DGRAM) as client:
-        client.settimeout(3.0)
+        client.settimeout(timeout)
         client.connect((address, port))
         for attempt in range(tries):
             client.send(payload)
