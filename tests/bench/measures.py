@@ -242,7 +242,11 @@ def _idle_connections(topology: Topology, subject: Subject, seconds: float) -> F
         readable, _, _ = select.select([client.stdout], [], [], 60)
         line = client.stdout.readline() if readable else b""
         if not line:
-            raise RuntimeError(f"5,000 connections were not open within a minute; flows: {fresh.ringway.flows()}")
+            client.kill()
+            reason = client.communicate()[1].decode().strip().splitlines()[-1:] or ["a minute was not enough"]
+            raise RuntimeError(
+                f"{IDLE_CONNECTIONS} connections do not open: {reason[0]}; flows: {fresh.ringway.flows()}"
+            )
         # What follows a storm of connections (ACKs, probes) is over when a second stays quiet.
         quiet = time.monotonic() + 10
         while _resting(fresh, 1.0)["cpu_percent"] > 0.5 and time.monotonic() < quiet:

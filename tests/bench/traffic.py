@@ -61,11 +61,19 @@ def serve_udp_echo(address: str, port: int) -> None:
 
 
 def serve_hold(port: int) -> None:
-    """Accept connections and keep them."""
+    """Accept connections and keep them until the other side ends them."""
     listener = _listen(port)
-    held = []
+    poll = select.epoll()
+    poll.register(listener, select.EPOLLIN)
+    held: dict[int, socket.socket] = {}
     while True:
-        held.append(listener.accept()[0])
+        for fd, _ in poll.poll():
+            if fd == listener.fileno():
+                connection, _ = listener.accept()
+                held[connection.fileno()] = connection
+                poll.register(connection, select.EPOLLIN)
+            else:
+                held.pop(fd).close()
 
 
 def _listen(port: int) -> socket.socket:
