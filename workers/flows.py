@@ -58,18 +58,19 @@ class TimeWait:
         self.conn = conn
         self.headers = headers
 
+    def gives_way(self, syn: Segment) -> bool:
+        """Say whether a SYN is newer than all of this connection (RFC 9293, 3.10.7.4; RFC 6191)."""
+        conn = self.conn
+        newer = (syn.seq - conn.rcv.nxt) & MASK < HALF
+        if conn.timestamps and syn.ts_present:
+            later = (syn.ts_val - conn.ts_recent) & MASK
+            return 0 < later < HALF or (newer and not later)
+        return newer
+
     def segment_arrives(self, seg: Segment, now: float) -> None:
-        """Answer what is left of the old connection; a newer SYN begins the next one (RFC 9293, 3.10.7.4; RFC 6191)."""
+        """Answer what is left of the old connection."""
         conn = self.conn
         flows = self.flows
-        if seg.flags & (SYN | ACK | RST) == SYN:
-            newer = (seg.seq - conn.rcv.nxt) & MASK < HALF
-            if conn.timestamps and seg.ts_present:
-                newer = 0 < (seg.ts_val - conn.ts_recent) & MASK < HALF or (newer and seg.ts_val == conn.ts_recent)
-            if newer:
-                flows.remove(self.key, self)
-                flows.begin_again(self.key, seg, now)
-                return
         conn.segment_arrives(seg, flows.port.rx, now)
         if conn.take_events() & ENDED:  # by RST
             flows.remove(self.key, self)
@@ -150,15 +151,17 @@ class TcpFlows:
         else:
             key = rx[at + 18 : at + 50] + rx[transport : transport + 4]
         flow = self.table.get(key)
-        if flow is not None:
+        if seg.flags & (SYN | ACK | RST | FIN) == SYN and (
+            flow is None or (isinstance(flow, TimeWait) and flow.gives_way(seg))
+        ):
+            self._syns.append((key, rx[at + 10 : text_at], seg))
+            self._seg = Segment()
+        elif flow is not None:
             try:
                 flow.segment_arrives(seg, now)
             except Exception:
                 self.end_broken(flow, now)
                 raise
-        elif seg.flags & (SYN | ACK | RST | FIN) == SYN:
-            self._syns.append((key, rx[at + 10 : text_at], seg))
-            self._seg = Segment()
         else:
             self.count[counts.TCP_UNKNOWN_FLOW] += 1
             self.reset_stranger(key, seg)
@@ -203,8 +206,12 @@ class TcpFlows:
         if self._syns:
             syns, self._syns = self._syns, []
             for key, packet, syn in syns[:SYNS_A_BREATH]:
-                if key not in self.table:
-                    self._begin(key, packet, syn, now)
+                old = self.table.get(key)
+                if isinstance(old, TimeWait):
+                    self.remove(key, old)
+                elif old is not None:
+                    continue  # the same SYN twice in one batch
+                self._begin(key, packet, syn, now)
             if len(syns) > SYNS_A_BREATH:
                 self.count[counts.TCP_SYN_DROPPED_PENDING] += len(syns) - SYNS_A_BREATH
         if self.acks:
@@ -300,17 +307,10 @@ class TcpFlows:
         if self._sweep_at == inf:
             self._sweep_at = now + SWEEP_SECONDS
 
-    def begin_again(self, key: bytes, syn: Segment, now: float) -> None:
-        """Begin the next connection of a pair of sockets whose last one was in TIME-WAIT."""
-        copy = Segment()
-        for name in Segment.__slots__:
-            setattr(copy, name, getattr(syn, name))
-        self._begin(key, b"", copy, now)
-
     def refuse(self, dial: Dial, how: int, now: float) -> None:
         """Tell the client what a host or router would have told it, and forget the flow."""
         self.count[counts.TCP_REFUSED] += 1
-        if how == RESET or not dial.packet:
+        if how == RESET:
             self.reset_stranger(dial.key, dial.syn)
         else:
             self.icmp.unreachable(dial.packet, how)

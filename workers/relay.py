@@ -246,21 +246,35 @@ class Relay:
             port.large.give(frame)
             self._proxy_failed(now)
             return
-        if length == room or (length and self._hup):
+        if not length:
+            port.large.give(frame)
+            self._end_of_file()
+            self._output(now)
+            return
+        if self._hup and length < room and self._nothing_more():
+            self._end_of_file()  # the FIN rides on the text
+        elif length == room or self._hup:
             self.flows.ready.append(self)
         else:
             self._readable = False
-        if not length:
-            port.large.give(frame)
-            self._proxy_closed = True
-            self._readable = False
-            conn.close()
-            if self._client_closed and not self._backlog:
-                self._close_socket()
-            self._output(now)
-            return
         self.active_at = now
         self._send_fresh(frame, length, now)
+
+    def _nothing_more(self) -> bool:
+        """Say whether the end of file follows what was read."""
+        assert self._socket is not None
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return False  # the next read tells
+
+    def _end_of_file(self) -> None:
+        """The proxy will send nothing more."""
+        self._proxy_closed = True
+        self._readable = False
+        self.conn.close()
+        if self._client_closed and not self._backlog:
+            self._close_socket()
 
     def _send_fresh(self, frame: int, length: int, now: float) -> None:
         """Send a payload for the first time: its headers stand in front of it, so it is one piece."""

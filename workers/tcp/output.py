@@ -110,16 +110,18 @@ def _text_to_send(conn: Connection, out: Segment, now: float) -> bool:
 def text_at_once(conn: Connection, out: Segment, octets: int, now: float) -> bool:
     """Queue octets just read, as many as room() allowed, and fill `out` with all of them: send() and the rest in one.
 
-    The fast path of segment_to_send. False: something else is due first; nothing was queued.
+    The fast path of segment_to_send. After close() they are the last ones, and the FIN, if it has not gone, rides on
+    them. False: something else is due first; nothing was queued.
     """
     snd = conn.snd
     seq = snd.nxt
-    if seq != snd.end or conn.retransmit_due or conn.probe_due or snd.fin:
+    if seq != snd.end or conn.retransmit_due or conn.probe_due:
         return False
     if now - conn.rcv.text_at < DELAYED_ACK:
         conn.pingpong = True
-    _fill(conn, out, ACK | PSH, seq, octets, now)
-    snd.nxt = snd.end = snd.max = (seq + octets) & MASK
+    _fill(conn, out, ACK | PSH | FIN if snd.fin else ACK | PSH, seq, octets, now)
+    snd.end = (seq + octets) & MASK
+    snd.nxt = snd.max = (snd.end + snd.fin) & MASK
     if conn.rto_at == inf:
         conn.rto_at = now + conn.rtt.rto
     return True
