@@ -91,23 +91,23 @@ class Script:
 
     def run(self) -> None:
         """Run the script; AssertionError names the line that failed."""
+        line = ""
         number = 0
         try:
-            for number, line in enumerate(self._lines, 1):
-                line = line.partition("//")[0].strip()
-                if line.startswith("--"):
-                    name, _, value = line[2:].partition("=")
+            for line in self._lines:
+                number += 1
+                event = line.partition("//")[0].strip()
+                if event.startswith("--"):
+                    name, _, value = event[2:].partition("=")
                     assert name in OPTIONS, f"no option is called {name}"
                     self._options[name] = value
-                elif line:
-                    self._line(line)
-            number = len(self._lines)
+                elif event:
+                    self._line(event)
             self._end_of_batch()
             self._nothing_sent()
-            if self.conn is not None:
-                assert self.delivered == text_of(0, len(self.delivered)), "the text is not what the client sent"
+            assert self.delivered == text_of(0, len(self.delivered)), "the text is not what the client sent"
         except (AssertionError, ValueError) as error:
-            raise AssertionError(f"line {number}: {self._lines[number - 1].strip()}\n  {error}") from error
+            raise AssertionError(f"line {number}: {line.strip()}\n  {error}") from error
 
     def _line(self, line: str) -> None:
         match = _EVENT.fullmatch(line)

@@ -1,0 +1,830 @@
+"""Flows of a whole worker: Dial, Relay, TimeWait between a raw client and real sockets on loopback."""
+
+import errno
+import socket
+import struct
+from contextlib import closing
+
+import dpkt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipc.layout import TX_LARGE
+from tests.one_worker import MASK, TRUSTED, Answer, OneWorker, RawClient
+from workers import counts
+from workers.tcp.segment import ACK, FIN, PSH, RST, SYN
+from workers.tcp.states import NAMES
+
+LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+ALL_OPTIONS = "mss 1460,sackOK,TS val 1 ecr 0,nop,wscale 7"
+
+
+@pytest.fixture(params=[4, 6])
+def version(request):
+    return request.param
+
+
+@pytest.fixture
+def one():
+    made = OneWorker()
+    yield made
+    made.close()
+
+
+def listener(version=4, backlog=128):
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    made = socket.create_server((LOOPBACK[version], 0), family=family, backlog=backlog)
+    made.settimeout(5)
+    return made
+
+
+def connected(one, options="mss 1460", version=4, port=40000):
+    """Return (client, the target's socket) of a flow through direct://."""
+    with closing(listener(version)) as listening:
+        client = RawClient(one, listening.getsockname()[:2], port)
+        client.open(options)
+        target, _ = listening.accept()
+    target.setblocking(False)
+    return client, target
+
+
+def relay_of(one):
+    [flow] = one.table.values()
+    return flow
+
+
+def state(one):
+    return NAMES[relay_of(one).conn.state]
+
+
+def received(one, target, octets):
+    """Return what the target gets, at least so many octets, or all up to the end of file."""
+    got = b""
+
+    def enough():
+        nonlocal got
+        try:
+            data = target.recv(1 << 20)
+        except BlockingIOError:
+            return False
+        got += data
+        return not data or len(got) >= octets
+
+    one.run_until(enough)
+    return got
+
+
+def reset_received(one, target):
+    def reset():
+        try:
+            return not target.recv(1 << 20) and False
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True
+
+    return one.run_until(reset)
+
+
+def slow(one, target):
+    """Let the sockets of a flow hold little, so that text waits in the relay soon."""
+    target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    relay_of(one)._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+def reset_by(target):
+    target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    target.close()
+
+
+# ── the handshake ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bytes_both_ways_and_a_clean_end(one, version):
+    client, target = connected(one, ALL_OPTIONS, version)
+    with target:
+        client.push(b"question")
+        assert received(one, target, 8) == b"question"
+        target.sendall(b"answer")
+        assert client.read(6) == b"answer"
+        client.fin()
+        assert received(one, target, 1) == b""
+        target.close()
+        client.answer(lambda answer: answer.flags & FIN)
+        client.acknowledge()
+        assert not one.table
+
+
+def test_the_client_closes_second_and_its_end_is_acknowledged_again(one):
+    client, target = connected(one)
+    target.close()
+    client.answer(lambda answer: answer.flags & FIN)
+    client.fin()
+    assert client.answer().flags == ACK
+    assert state(one) == "TIME_WAIT"
+    client.send(FIN | ACK, seq=client.nxt - 1)
+    again = client.answer()
+    assert (again.flags, again.ack) == (ACK, client.nxt)
+    one.skip(62)
+    assert not one.table
+
+
+def test_a_newer_syn_takes_the_place_of_time_wait(one):
+    with closing(listener()) as listening:
+        client = RawClient(one, listening.getsockname())
+        client.open()
+        listening.accept()[0].close()
+        client.answer(lambda answer: answer.flags & FIN)
+        client.fin()
+        assert state(one) == "TIME_WAIT"
+        following = RawClient(one, listening.getsockname(), irs=client.nxt + 1000)
+        following.open()
+        target, _ = listening.accept()
+        assert state(one) == "ESTABLISHED"
+        target.close()
+
+
+def test_a_pair_of_sockets_that_is_used_again_and_reset_leaves_the_gauges_right(one):
+    with closing(listener()) as listening:
+        client = RawClient(one, listening.getsockname())
+        client.open()
+        listening.accept()[0].close()
+        client.answer(lambda answer: answer.flags & FIN)
+        client.fin()
+        following = RawClient(one, listening.getsockname(), irs=client.nxt + 1000)
+        following.open()
+        with listening.accept()[0]:
+            following.send(RST | ACK)
+            one.settle()
+    assert not one.table
+    assert (one.counted(counts.TCP_FLOWS), one.counted(counts.TCP_TIME_WAIT)) == (0, 0)
+
+
+def test_an_older_syn_does_not_end_time_wait(one):
+    with closing(listener()) as listening:
+        client = RawClient(one, listening.getsockname())
+        client.open()
+        listening.accept()[0].close()
+        client.answer(lambda answer: answer.flags & FIN)
+        client.fin()
+        client.unread()
+        old = RawClient(one, listening.getsockname(), irs=client.iss - 5000)
+        old.syn()
+        assert old.answer().flags == ACK
+        assert state(one) == "TIME_WAIT"
+
+
+def test_reset_ends_time_wait(one):
+    client, target = connected(one)
+    target.close()
+    client.answer(lambda answer: answer.flags & FIN)
+    client.fin()
+    client.unread()
+    client.send(RST)
+    assert not one.table
+
+
+def test_no_answer_before_the_target_is_connected(one):
+    with closing(listener(backlog=0)) as listening:
+        fillers = []
+        for _ in range(3):  # a full queue: further SYNs are not answered
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(listening.getsockname())
+            fillers.append(filler)
+        client = RawClient(one, listening.getsockname())
+        client.syn()
+        one.settle()
+        assert client.unread() == []
+        client.send(SYN, seq=client.iss, options="mss 1460")  # the SYN again
+        one.settle()
+        assert client.unread() == []
+        assert len(one.table) == 1
+        one.skip(5.1)
+        answer = client.answer()
+        assert (answer.flags, answer.ack) == (RST | ACK, client.nxt)
+        assert one.counted(counts.TCP_CONNECT_TIMEOUTS) == 1
+        assert not one.table
+        for filler in fillers:
+            filler.close()
+
+
+def test_reset_cancels_a_pending_connect(one):
+    with closing(listener(backlog=0)) as listening:
+        fillers = []
+        for _ in range(3):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(listening.getsockname())
+            fillers.append(filler)
+        client = RawClient(one, listening.getsockname())
+        client.syn()
+        client.send(RST, seq=client.nxt + 5)
+        assert len(one.table) == 1
+        client.send(RST)
+        assert not one.table
+        assert client.unread() == []
+        for filler in fillers:
+            filler.close()
+
+
+def test_refused_becomes_reset(one, version):
+    with closing(listener(version)) as listening:
+        address = listening.getsockname()[:2]
+    client = RawClient(one, address)
+    client.syn()
+    answer = client.answer()
+    assert (answer.flags, answer.seq, answer.ack) == (RST | ACK, 0, client.nxt)
+    assert one.counted(counts.TCP_REFUSED) == 1
+    assert not one.table
+
+
+@pytest.mark.parametrize("flags", [ACK, FIN | ACK, PSH | ACK, SYN | ACK, FIN, 0, SYN | FIN])
+def test_segments_of_no_flow_are_reset(one, flags, version):
+    client = RawClient(one, ("192.0.2.1" if version == 4 else "2001:db8::1", 80))
+    client.send(flags, b"text", ack=12345)
+    [answer] = client.unread()
+    if flags & ACK:
+        assert (answer.flags, answer.seq) == (RST, 12345)
+    else:
+        length = 4 + bool(flags & FIN) + bool(flags & SYN)
+        assert (answer.flags, answer.seq, answer.ack) == (RST | ACK, 0, (client.iss + length) & MASK)
+    assert one.counted(counts.TCP_UNKNOWN_FLOW) == 1
+
+
+def test_a_reset_of_no_flow_is_not_answered(one):
+    client = RawClient(one, ("192.0.2.1", 80))
+    client.send(RST | ACK)
+    client.send(RST)
+    assert client.unread() == []
+
+
+def test_our_own_addresses_have_no_services(one):
+    client = RawClient(one, ("198.18.0.2", 80))
+    client.syn()
+    assert client.answer().flags == RST | ACK
+
+
+def test_finished_connects_do_not_count_as_pending():
+    one = OneWorker(max_pending=4)
+    with closing(listener(backlog=0)) as stuck, closing(listener()) as listening:
+        fillers = []
+        for _ in range(3):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(stuck.getsockname())
+            fillers.append(filler)
+        RawClient(one, stuck.getsockname(), 30000).syn()
+        targets = []
+        for port in range(20):
+            RawClient(one, listening.getsockname(), 40000 + port).open()
+            targets.append(listening.accept()[0])
+        one.breathe()
+        assert one.counted(counts.TCP_SYN_DROPPED_PENDING) == 0
+        assert one.counted(counts.TCP_PENDING) == 1
+        for end in targets + fillers:
+            end.close()
+    one.close()
+
+
+def test_pending_connects_are_bounded():
+    one = OneWorker(max_pending=4)
+    with closing(listener(backlog=0)) as stuck:
+        fillers = []
+        for _ in range(3):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(stuck.getsockname())
+            fillers.append(filler)
+        clients = [RawClient(one, stuck.getsockname(), 30000 + i) for i in range(10)]
+        for client in clients:
+            client.syn()
+        assert len(one.table) == 4
+        assert one.counted(counts.TCP_SYN_DROPPED_PENDING) == 6
+        one.skip(5.1)
+        assert not one.table
+        for filler in fillers:
+            filler.close()
+    one.close()
+
+
+def test_flows_are_bounded():
+    one = OneWorker(max_flows=2)
+    with closing(listener()) as listening:
+        for port in range(2):
+            RawClient(one, listening.getsockname(), 40000 + port).open()
+        third = RawClient(one, listening.getsockname(), 41000)
+        third.syn()
+        one.settle()
+        assert third.unread() == []
+        assert one.counted(counts.TCP_SYN_DROPPED_FLOWS) == 1
+    one.close()
+
+
+def test_a_syn_that_offers_only_timestamps(one):
+    with closing(listener()) as listening:
+        client = RawClient(one, listening.getsockname())
+        # A stranger's segment with other options of the same length stands in the memory before.
+        client.send(ACK, options="mss 200,nop,nop,nop,wscale 9")
+        client.unread()
+        client.send(SYN, options="nop,nop,TS val 7 ecr 0", seq=client.iss)
+        client.nxt = client.iss + 1
+        answer = client.answer(lambda answer: answer.flags & SYN)
+        assert answer.options.ts_present
+        assert answer.options.window_scale == -1
+        assert relay_of(one).conn.smss == 536 - 12
+
+
+# ── SOCKS ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Proxy:
+    """A SOCKS5 server by hand."""
+
+    def __init__(self, reply=0, tail=b"", **settings):
+        self.listening = listener()
+        self.reply = bytes([5, reply, 0, 1]) + bytes(6) + tail
+        self.one = OneWorker(scheme="socks5", proxy_addresses=[self.listening.getsockname()], **settings)
+
+    def serve(self, client, piece=1000):
+        """Take the client's connection through the handshake; returns the proxy's socket and the request."""
+        client.syn()
+        upstream, _ = self.listening.accept()
+        upstream.setblocking(False)
+        greeting = received(self.one, upstream, 3)
+        upstream.sendall(b"\x05\x00")
+        rest = greeting[2 + greeting[1] :]
+        request = rest or received(self.one, upstream, 10)
+        for start in range(0, len(self.reply), piece):
+            upstream.sendall(self.reply[start : start + piece])
+            self.one.settle()
+        return upstream, request
+
+    def close(self):
+        self.listening.close()
+        self.one.close()
+
+
+@pytest.mark.parametrize("piece", [1, 1000])
+def test_connect_through_a_proxy_that_speaks_first(piece):
+    with closing(Proxy(tail=b"220 hello\r\n")) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 25))
+        upstream, request = proxy.serve(client, piece)
+        with upstream:
+            assert request == b"\x05\x01\x00\x01" + bytes([192, 0, 2, 7]) + b"\x00\x19"
+            assert client.answer().flags == SYN | ACK
+            client.acknowledge()
+            assert client.read(11) == b"220 hello\r\n"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [(1, None), (2, (3, 13)), (3, (3, 0)), (4, (3, 1)), (5, None), (6, (3, 1)), (7, None), (8, None), (99, None)],
+)
+def test_refusals_are_what_a_host_would_say(reply, expected):
+    with closing(Proxy(reply)) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 80))
+        upstream, _ = proxy.serve(client)
+        with upstream:
+            answer = client.answer()
+            if expected is None:
+                assert (answer.flags, answer.ack) == (RST | ACK, client.nxt)
+            else:
+                icmp = dpkt.ip.IP(answer.packet).data
+                assert (icmp.type, icmp.code) == expected
+                assert client.packet(SYN, seq=client.iss, options="mss 1460")[:20] in answer.packet
+            assert not proxy.one.table
+            assert proxy.one.counted(counts.TCP_REFUSED) == 1
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x05\xff", b"\x04\x00", b"", b"\x05\x00\x06\x00\x00\x01" + bytes(6)],
+)
+def test_a_proxy_that_is_none(garbage):
+    with closing(Proxy()) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 80))
+        client.syn()
+        upstream, _ = proxy.listening.accept()
+        upstream.sendall(garbage)
+        upstream.close()
+        assert client.answer().flags == RST | ACK
+        assert not proxy.one.table
+
+
+def test_a_silent_proxy_is_given_up():
+    with closing(Proxy()) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 80))
+        client.syn()
+        upstream, _ = proxy.listening.accept()
+        with upstream:
+            proxy.one.settle()
+            proxy.one.skip(5.1)
+            assert client.answer().flags == RST | ACK
+            assert proxy.one.counted(counts.TCP_CONNECT_TIMEOUTS) == 1
+
+
+def test_a_proxy_that_is_not_there():
+    proxy = Proxy()
+    proxy.listening.close()
+    client = RawClient(proxy.one, ("192.0.2.7", 80))
+    client.syn()
+    assert client.answer().flags == RST | ACK
+    assert proxy.one.counted(counts.PROXY_UNREACHABLE) == 1
+    proxy.close()
+
+
+# ── half-close and reset ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_client_closes_first_and_still_reads(one, version):
+    client, target = connected(one, version=version)
+    with target:
+        client.push(b"request")
+        client.fin()
+        assert received(one, target, 1000) == b"request"
+        assert received(one, target, 1) == b""
+        target.sendall(bytes(50_000))
+        assert client.read(50_000) == bytes(50_000)
+        assert state(one) == "CLOSE_WAIT"
+
+
+def test_the_target_closes_first_and_still_reads(one, version):
+    client, target = connected(one, version=version)
+    with target:
+        target.sendall(b"banner")
+        target.shutdown(socket.SHUT_WR)
+        client.answer(lambda answer: answer.flags & FIN)
+        client.acknowledge()
+        assert client.received == b"banner"
+        assert state(one) == "FIN_WAIT_2"
+        sent = b""
+        for i in range(50):
+            client.push(bytes([i]) * 1000)
+            sent += bytes([i]) * 1000
+        assert received(one, target, 50_000) == sent
+        one.skip(10)
+        assert not any(answer.flags & RST for answer in client.unread())
+
+
+def test_nothing_is_asked_of_a_client_that_has_our_fin(one):
+    client, target = connected(one)
+    with target:
+        target.shutdown(socket.SHUT_WR)
+        client.answer(lambda answer: answer.flags & FIN)
+        client.acknowledge()
+        slow(one, target)
+        sent = 0
+        while not relay_of(one)._backlog:  # the target does not read
+            client.push(bytes(1400))
+            sent += 1400
+        assert received(one, target, sent) == bytes(sent)
+        one.settle()
+        client.unread()
+        one.skip(5)
+        assert client.unread() == []  # no probe of a window that nobody needs
+
+
+def test_text_that_waits_for_the_target_outlives_the_connection(one):
+    """The target closes its way, reads slowly, and the client's last text and FIN wait for it."""
+    client, target = connected(one, ALL_OPTIONS)
+    with target:
+        slow(one, target)
+        target.shutdown(socket.SHUT_WR)
+        client.answer(lambda answer: answer.flags & FIN)
+        client.acknowledge()
+        sent = b""
+        relay = relay_of(one)
+        while len(relay._backlog) < 5:
+            text = bytes([len(sent) // 1400 % 256]) * 1400
+            client.push(text)
+            sent += text
+        client.fin()
+        one.settle()
+        got = b""
+        while data := received(one, target, 1):
+            got += data
+        assert len(got) == len(sent)
+        assert got == sent
+
+
+def test_text_that_waits_for_the_target_outlives_the_last_acknowledgement(one):
+    """The same when the client closes first."""
+    client, target = connected(one, ALL_OPTIONS)
+    with target:
+        slow(one, target)
+        sent = b""
+        relay = relay_of(one)
+        while len(relay._backlog) < 5:
+            text = bytes([len(sent) // 1400 % 256]) * 1400
+            client.push(text)
+            sent += text
+        client.fin()
+        target.shutdown(socket.SHUT_WR)
+        client.answer(lambda answer: answer.flags & FIN)
+        client.acknowledge()
+        one.settle()
+        got = b""
+        while data := received(one, target, 1):
+            got += data
+        assert len(got) == len(sent)
+        assert got == sent
+
+
+def test_reset_by_the_client_resets_the_target(one):
+    client, target = connected(one)
+    with target:
+        client.push(b"x")
+        client.send(RST | ACK)
+        assert reset_received(one, target)
+        assert not one.table
+        assert one.counted(counts.TCP_RESET_BY_CLIENT) == 1
+
+
+@pytest.mark.parametrize("when", ["idle", "after its end of file", "with text in flight", "after the client's end"])
+def test_reset_by_the_target_resets_the_client(one, when):
+    client, target = connected(one)
+    if when == "after its end of file":
+        target.shutdown(socket.SHUT_WR)
+        client.answer(lambda answer: answer.flags & FIN)
+        client.acknowledge()
+    elif when == "with text in flight":
+        target.sendall(b"text")
+        client.answer(lambda answer: answer.text)
+    elif when == "after the client's end":
+        client.fin()
+        one.settle()
+    reset_by(target)
+    answer = client.answer(lambda answer: answer.flags & RST)
+    assert answer.ack == client.nxt
+    assert not one.table
+    assert one.counted(counts.TCP_RESET_BY_PROXY) == 1
+
+
+# ── windows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("options", ["mss 1460", ALL_OPTIONS])
+def test_a_slow_target_shrinks_the_window_and_opens_it_again(one, options):
+    client, target = connected(one, options)
+    with target:
+        scale = 7 if options == ALL_OPTIONS else 0
+        slow(one, target)
+        sent = 0
+        edge = client.nxt
+        window = 65535
+        while window:
+            client.push(bytes(min(window, 1400)))
+            sent += min(window, 1400)
+            for answer in client.unread():
+                edge = (answer.ack + (answer.wnd << scale)) & MASK
+            window = (edge - client.nxt) & MASK
+            assert sent < 20 << 20
+        assert len(relay_of(one)._backlog)
+        client.send(ACK, seq=client.nxt - 1)  # a probe
+        assert client.answer().wnd == 0
+        target.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        assert received(one, target, sent) == bytes(sent)
+        assert client.answer(lambda answer: answer.wnd).ack == client.nxt
+        client.push(b"more")
+        assert received(one, target, 4) == b"more"
+
+
+def test_a_closed_window_is_probed_and_opens(one):
+    client, target = connected(one)
+    with target:
+        client.wnd = 0
+        client.acknowledge()
+        target.sendall(b"text")
+        one.settle()
+        assert client.unread() == []
+        for _ in range(15):
+            one.skip(61)
+            probes = client.unread()
+            assert probes
+            assert all((probe.seq, probe.text) == (client.rcv_nxt - 1, b"") for probe in probes)
+            client.acknowledge()
+        client.wnd = 2
+        client.acknowledge()
+        assert client.answer().text == b"te"
+        client.wnd = 65535
+        client.acknowledge()
+        assert client.read(4) == b"text"
+
+
+def test_a_client_that_does_not_answer_probes_is_given_up(one):
+    client, target = connected(one)
+    with target:
+        client.wnd = 0
+        client.acknowledge()
+        target.sendall(b"text")
+        one.settle()
+        one.skip(700)
+        assert client.unread()[-1].flags & RST
+        assert not one.table
+        assert one.counted(counts.TCP_RETRANSMIT_TIMEOUTS) == 1
+
+
+@pytest.mark.parametrize("length", [1, 1000, 4096, 4097, 14_600])
+@pytest.mark.parametrize("options", ["mss 1460", ALL_OPTIONS])
+def test_lost_text_comes_again_after_the_timeout(one, options, length):
+    client, target = connected(one, options)
+    with target:
+        text = bytes(i % 253 for i in range(length))
+        target.sendall(text)
+        one.run_until(lambda: sum(len(Answer(frame).text) for frame in one.port.sent) >= length)
+        one.take_sent()  # all lost
+        one.skip(1.5)
+        assert client.read(length) == text
+        target.sendall(b"end")
+        assert client.read(length + 3) == text + b"end"
+        assert len(one.port.large.free) == TX_LARGE
+        assert one.counted(counts.TCP_RETRANSMITTED) >= 1
+
+
+def test_three_duplicates_retransmit_at_once_out_of_the_held_frame(one):
+    client, target = connected(one)
+    with target:
+        text = bytes(i % 253 for i in range(14_600))
+        target.sendall(text)
+        one.run_until(lambda: sum(len(Answer(frame).text) for frame in one.port.sent) >= len(text))
+        one.take_sent()
+        held = len(one.port._held)
+        assert held >= 1
+        for _ in range(3):
+            client.acknowledge()
+        [again] = [answer for answer in client.unread() if answer.text]
+        assert again.text == text[:1460]
+        assert len(one.port._held) == held
+        assert client.read(len(text)) == text
+        assert not one.port._held
+
+
+def test_a_client_that_is_gone_is_given_up(one):
+    _, target = connected(one)
+    with target:
+        target.sendall(bytes(10_000))
+        one.settle()
+        one.skip(400)
+        assert not one.table
+        assert reset_received(one, target)
+        assert Answer(one.take_sent()[-1]).flags & RST
+
+
+def test_a_client_that_is_gone_before_the_handshake_is_given_up(one):
+    with closing(listener()) as listening:
+        client = RawClient(one, listening.getsockname())
+        client.syn()
+        client.answer()
+        with listening.accept()[0] as target:
+            one.skip(200)
+            syns = [answer for answer in client.unread() if answer.flags == SYN | ACK]
+            assert len(syns) == 5
+            assert not one.table
+            assert reset_received(one, target)
+
+
+def test_idle_flows_end():
+    one = OneWorker(tcp_timeout=100)
+    client, target = connected(one)
+    with target:
+        one.skip(90)
+        client.acknowledge()
+        one.skip(90)
+        assert one.table
+        one.skip(40)
+        assert not one.table
+        assert client.answer().flags & RST
+        assert reset_received(one, target)
+    one.close()
+
+
+# ── order, batches ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_acknowledgement_for_a_batch(one):
+    client, target = connected(one)
+    with target:
+        packets = []
+        for i in range(10):
+            packets.append(client.packet(ACK, bytes([i]) * 1000))
+            client.nxt = (client.nxt + 1000) & MASK
+        one.receive(*packets)
+        [ack] = client.unread()
+        assert ack.ack == client.nxt
+        assert received(one, target, 10_000) == b"".join(bytes([i]) * 1000 for i in range(10))
+
+
+def test_segments_out_of_order_arrive_in_order(one):
+    client, target = connected(one)
+    with target:
+        pieces = [(start, bytes([start // 100]) * 150) for start in range(0, 2000, 100)]
+        start = client.nxt
+        for offset, text in [*pieces[::2], *pieces[:0:-2], pieces[0]]:
+            client.send(ACK, text, seq=start + offset)
+        client.send(FIN | ACK, seq=start + 2050)
+        got = received(one, target, 2051)
+        assert len(got) == 2050
+        assert received(one, target, 1) == b""
+        for at, octet in enumerate(got[:2000]):
+            assert octet in (at // 100, at // 100 - 1)
+
+
+def test_wrong_checksums_are_counted_not_delivered(one):
+    client, target = connected(one)
+    with target:
+        one.receive(client.packet(ACK, b"x"), vnet=bytes(10))
+        assert one.counted(counts.BAD_CHECKSUM) == 1
+
+
+def test_no_descriptor_left(one, monkeypatch):
+    def refuse(family, kind):
+        raise OSError(errno.EMFILE, "")
+
+    monkeypatch.setattr(one.worker.upstream, "open", refuse)
+    client = RawClient(one, ("192.0.2.1", 80))
+    client.syn()
+    assert client.unread() == []
+    assert not one.table
+    assert one.counted(counts.TCP_SYN_DROPPED_DESCRIPTORS) == 1
+
+
+def test_bulk_both_ways_leaves_no_frame(one, version):
+    client, target = connected(one, ALL_OPTIONS, version)
+    with target:
+        down = bytes(i * 7 % 251 for i in range(1 << 20))
+        client.wnd = 60_000
+        view = memoryview(down)
+
+        def feed():
+            nonlocal view
+            try:
+                view = view[target.send(view) :]
+            except BlockingIOError:
+                pass
+            client.unread()
+            if client.acked != client.rcv_nxt:
+                client.acknowledge()
+            return len(client.received) == len(down)
+
+        one.run_until(feed, 20)
+        assert client.received == down
+        client.acknowledge()
+        assert not one.port._held
+
+
+# ── garbage ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+mutations = st.lists(
+    st.tuples(
+        st.sampled_from(("new", "old", "relative", "random")),
+        st.integers(0, 63),  # flags
+        st.sampled_from((0, 1, -1, 100, 1000, 65_535, -1000, 1 << 31)),  # of the sequence number
+        st.sampled_from((0, 1, -1, 100, 1000, 65_535, -1000, 1 << 31)),  # of the ACK
+        st.binary(max_size=30) | st.just(bytes(1400)),
+        st.sampled_from(("", "mss 1460", "nop,nop,TS val 5 ecr 6", "mss 1,wscale 14", "mss 65535,TS val 1 ecr 2")),
+        st.lists(st.tuples(st.integers(0, 79), st.integers(0, 255)), max_size=4),  # octets that are changed
+        st.integers(0, 3),  # octets cut off
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from((4, 6)), st.sampled_from(("mss 1460", ALL_OPTIONS)), mutations, st.booleans())
+def test_mutated_segments_raise_nothing_and_leave_nothing(version, options, segments, trusted):
+    one = OneWorker()
+    try:
+        client, target = connected(one, options, version)
+        with target:
+            target.sendall(b"something in flight")
+            for kind, flags, seq, ack, text, words, changes, cut in segments:
+                if kind == "new":
+                    client.ports = struct.pack(">H", 40000 + seq % 100) + client.ports[2:]
+                packet = bytearray(
+                    client.packet(
+                        flags | (ACK if kind == "relative" else 0),
+                        text,
+                        seq=client.nxt + seq if kind != "random" else seq * 77_777,
+                        ack=client.rcv_nxt + ack,
+                        options=words,
+                    )
+                )
+                for at, octet in changes if kind == "random" else ():
+                    packet[at % len(packet)] = octet
+                packet = packet[: len(packet) - cut]
+                one.receive(bytes(packet), vnet=TRUSTED if trusted else bytes(10))
+                one.skip(0.3)
+    finally:
+        one.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.binary(max_size=120), max_size=20), st.booleans())
+def test_random_frames_raise_nothing(packets, trusted):
+    one = OneWorker()
+    try:
+        one.receive(*packets, vnet=TRUSTED if trusted else bytes(10))
+    finally:
+        one.close()

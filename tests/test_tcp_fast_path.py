@@ -1,0 +1,115 @@
+"""The fast paths of Connection give what the long ways give: same state, same output, same events.
+
+segment_arrives: the steps of RFC 9293 alone. text_at_once: send() and segment_to_send().
+"""
+
+from copy import deepcopy
+
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from tests.builders import NOW, THEIR_CLOCK, established, segment, snapshot
+from workers.tcp import arrival
+from workers.tcp.segment import FIN, PSH, RST, SYN, URG, Segment
+from workers.tcp.states import CLOSED
+
+MASK = 0xFFFFFFFF
+
+flags = st.sampled_from((0, 0, 0, 0, PSH, PSH, URG, FIN, SYN, RST))
+#: distances from where the next segment in order stands
+near = st.sampled_from((0, 0, 0, 0, 1, -1, 100, -100, 1000, 70_000, -70_000, 1 << 20, 1 << 31))
+lengths = st.sampled_from((0, 0, 1, 100, 1000, 60_000))
+arrivals = st.tuples(
+    st.just("segment"), flags, near, near, lengths, st.sampled_from((0, 1, 500, 60_000)), st.integers(-2, 5)
+)
+calls = st.one_of(
+    st.tuples(st.just("send"), st.integers(1, 30_000)),
+    st.tuples(st.just("close")),
+    st.tuples(st.just("pending"), st.integers(0, 60_000)),
+    st.tuples(st.just("pass"), st.sampled_from((0.001, 0.05, 0.3, 3.0))),
+    st.tuples(st.just("want_room")),
+)
+
+
+def make(conn, step, clock):
+    """Make the segment of an arrival, relative to what the connection expects."""
+    _, bits, seq, ack, length, wnd, tick = step
+    seg = segment(0, 0, bits, length, wnd, ts=(clock + tick & MASK, int(NOW * 1000)) if conn.timestamps else None)
+    seg.seq = (conn.rcv.nxt + seq) & MASK
+    # Half of the ACKs are near SND.UNA, the others near SND.MAX.
+    seg.ack = ((conn.snd.una if tick % 2 else conn.snd.max) + ack) & MASK
+    return seg
+
+
+def everything_sent(conn, now):
+    out = Segment()
+    result = []
+    while conn.segment_to_send(out, now):
+        result.append(snapshot(out))
+    if conn.ack_to_send(out, now):
+        result.append(snapshot(out))
+    return result
+
+
+def text_just_read(conn, octets, now):
+    """Send text by the fast path, and demand what the long way would have done."""
+    other = deepcopy(conn)
+    out, same = Segment(), Segment()
+    before = snapshot(conn)
+    if not conn.text_at_once(out, octets, now):
+        assert snapshot(conn) == before
+        return False
+    other.send(octets)
+    assert other.segment_to_send(same, now)
+    assert snapshot(out) == snapshot(same)
+    assert snapshot(conn) == snapshot(other)
+    return True
+
+
+@given(
+    st.booleans(), st.sampled_from((-1, 0, 7)), st.lists(st.one_of(arrivals, arrivals, calls), max_size=12), arrivals
+)
+def test_fast_path_is_equivalent_to_the_steps(timestamps, scale, history, last):
+    conn = established(timestamps, scale)
+    now, clock = NOW, THEIR_CLOCK
+    memory = bytes(60_000)
+    for step in [*history, last]:
+        if conn.state == CLOSED:
+            return
+        if step[0] == "segment":
+            clock += 1
+            seg, same = make(conn, step, clock), make(conn, step, clock)
+            other = deepcopy(conn)
+            conn.segment_arrives(seg, memory, now)
+            arrival.steps(other, same, memory, now)
+            assert snapshot(conn) == snapshot(other)
+            assert (seg.len, seg.text_at) == (same.len, same.text_at)
+            if conn.rcv.pieces is not None:
+                assert conn.take_reassembled() == other.take_reassembled()
+            assert conn.take_events() == other.take_events()
+            assert everything_sent(conn, now) == everything_sent(other, now)
+            assert snapshot(conn) == snapshot(other)
+        elif step[0] == "send":
+            room = conn.room()
+            octets = min(step[1], room or 1)
+            if not room or not text_just_read(conn, octets, now):
+                if not conn.snd.fin:
+                    conn.send(octets)
+        elif step[0] == "close":
+            conn.close()
+        elif step[0] == "pending":
+            conn.rcv.pending = min(step[1], conn.rcv.taken)
+            conn.taken_by_proxy()
+        elif step[0] == "want_room":
+            conn.want_room(now)
+        else:
+            now += step[1]
+            clock += int(step[1] * 1000)
+            conn.timeout(now)
+            conn.delayed_ack_timeout()
+            conn.take_events()
+        everything_sent(conn, now)
+        snd, rcv = conn.snd, conn.rcv
+        assert (snd.nxt - snd.una) & MASK <= (snd.max - snd.una) & MASK <= (snd.end + snd.fin - snd.una) & MASK
+        assert rcv.wnd <= max(rcv.buffer, 65535)
+    event(f"state {conn.state}")
