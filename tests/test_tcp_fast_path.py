@@ -92,9 +92,8 @@ def test_fast_path_is_equivalent_to_the_steps(timestamps, scale, history, last):
         elif step[0] == "send":
             room = conn.room()
             octets = min(step[1], room or 1)
-            if not room or not text_just_read(conn, octets, now):
-                if not conn.snd.fin:
-                    conn.send(octets)
+            if not (room and text_just_read(conn, octets, now)) and not conn.snd.fin:
+                conn.send(octets)
         elif step[0] == "close":
             conn.close()
         elif step[0] == "pending":
