@@ -56,7 +56,7 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
         conn.ack_due = AT_ONCE
         if rcv.wnd or offset:
             return  # else the window is closed: the ACK of a probe is taken all the same, its text and FIN are not
-    if conn.timestamps and seg.ts_present and (offset == 0 or offset >= HALF):
+    if conn.timestamps and seg.ts_present and (rcv.nxt - rcv.unacked - seg.seq) & MASK < HALF:
         conn.ts_recent = seg.ts_val  # R3: the segment covers the last ACK sent
 
     # Second, check the RST bit; only the exact number resets (RFC 5961, 3.2).

@@ -42,7 +42,7 @@ class NewReno:
 
     def partial(self, octets: int) -> None:
         """Deflate after a partial ACK (RFC 6582, 3.2, step 3)."""
-        self.cwnd = max(self.cwnd - octets, 0) + self.smss
+        self.cwnd = max(self.cwnd - octets + (self.smss if octets >= self.smss else 0), self.smss)
 
     def recovered(self) -> None:
         """Leave fast recovery."""

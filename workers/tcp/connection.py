@@ -80,7 +80,6 @@ class Connection:
         "timed_seq",
         "timestamps",
         "ts_recent",
-        "wants_room",
     )
 
     def __init__(self, syn: Segment, iss: int, mss: int) -> None:
@@ -112,7 +111,6 @@ class Connection:
         self.timed_seq = 0  #: the sequence number behind it
         self.rto_at = inf  #: when the retransmission timer fires
         self.persist_at = inf  #: when the next window probe goes out
-        self.wants_room = False  #: the relay has data that the window does not take
         self.syn_due = True
         self.reset_due = False
         self.retransmit_due = False
@@ -151,7 +149,6 @@ class Connection:
 
     def want_room(self, now: float) -> None:
         """Say that data waits for the window: with nothing in flight only a probe finds out when it opens."""
-        self.wants_room = True
         if self.persist_at == inf and self.snd.una == self.snd.max:
             self.persist_at = now + self.rtt.rto
 
@@ -194,7 +191,7 @@ class Connection:
             and rcv.fin_at < 0
         ):
             # The fast path: the next segment in order. Same result as the steps (tests/test_tcp_fast_path.py).
-            if self.timestamps:
+            if self.timestamps and not rcv.unacked:  # RFC 7323, 4.3: a delayed ACK echoes its first segment
                 self.ts_recent = seg.ts_val
             if seg.ack != snd.una:
                 self.acknowledged(seg, now)
@@ -256,6 +253,8 @@ class Connection:
             snd.wl2 = seg.ack
             if wnd > snd.max_wnd:
                 snd.max_wnd = wnd
+            elif not wnd:
+                self.retries = 0  # a window that was shut on text in flight: the peer is there
             if self.persist_at != inf:
                 self.retries = 0  # the peer answers: it may keep its window shut as long as it likes
                 if wnd:
