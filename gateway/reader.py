@@ -11,7 +11,7 @@ from __future__ import annotations
 from select import EPOLLIN, epoll
 from typing import TYPE_CHECKING, Final
 
-from ipc.channel import Channel, ChannelClosed
+from ipc.channel import Channel
 from ipc.layout import ADDRESS_MASK, FRAME_SIZE, LENGTH_SHIFT, RX_FRAMES
 from ipc.memory import SharedMemory
 from ipc.pool import FramePool
@@ -171,10 +171,7 @@ class Reader:
 
     def _told(self) -> bool:
         """Do what the supervisor says; False: stop."""
-        try:
-            message = self.channel.receive()
-        except ChannelClosed:
-            return False
+        message = self.channel.order()
         if message is None:
             return True
         if message["do"] == "stop":

@@ -9,7 +9,7 @@ from contextlib import suppress
 from select import EPOLLIN, epoll
 from typing import TYPE_CHECKING, Final
 
-from ipc.channel import Channel, ChannelClosed
+from ipc.channel import Channel
 from ipc.layout import ADDRESS_MASK, LENGTH_MASK, LENGTH_SHIFT, MORE
 from ipc.memory import SharedMemory
 from ipc.ring import Consumer, Producer
@@ -126,10 +126,7 @@ class Writer:
 
     def _told(self) -> bool:
         """Do what the supervisor says; False: stop."""
-        try:
-            message = self.channel.receive()
-        except ChannelClosed:
-            return False
+        message = self.channel.order()
         if message is None:
             return True
         if message["do"] == "stop":

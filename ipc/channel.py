@@ -59,6 +59,13 @@ class Channel:
         message: Message = msgpack.unpackb(data)
         return message
 
+    def order(self) -> Message | None:
+        """Return the supervisor's next order, or None when there is none yet; when it is gone, that is to stop."""
+        try:
+            return self.receive()
+        except ChannelClosed:
+            return {"do": "stop"}
+
     def close(self) -> None:
         """Close this end."""
         self._socket.close()

@@ -201,11 +201,7 @@ class Worker:
 
     def _told(self, mask: int, now: float) -> None:
         """Do what the supervisor says."""
-        try:
-            message = self._channel.receive()
-        except ChannelClosed:
-            self._stopping = True
-            return
+        message = self._channel.order()
         if message is None:
             return
         do = message["do"]
