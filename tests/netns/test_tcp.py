@@ -119,7 +119,7 @@ def test_half_close_by_the_client(stage: Stage) -> None:
 
 
 def test_half_close_by_the_target(stage: Stage) -> None:
-    """After the target's FIN our bytes still arrive, at full speed: what comes in FIN-WAIT-2 is acknowledged as ever."""
+    """After the target's FIN our bytes still arrive, at full speed: FIN-WAIT-2 acknowledges as ever."""
     before = stage.target.received_after_close
     with connect(stage.world.gw, target_address(4), stage.target.port) as connection:
         connection.sendall(b"H")
