@@ -24,7 +24,7 @@ def loop():
 @pytest.fixture
 def answers(monkeypatch):
     """Replace the lookup in the children by answers that the test sets."""
-    answers = {"now": {"addresses": ADDRESSES}}
+    answers: dict[str, object] = {"now": {"addresses": ADDRESSES}}
 
     def answer(host, port):
         if answers["now"] == "never":
