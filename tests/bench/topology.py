@@ -17,6 +17,7 @@ default TCP buffers.
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -176,7 +177,11 @@ def traffic_command(*arguments: str) -> list[str]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
+    # The whole group, of which popen() made it the leader: nginx's worker would outlive a master that is killed.
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
     process.wait()
     if process.stdout is not None:
         process.stdout.close()

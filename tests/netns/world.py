@@ -33,6 +33,8 @@ from typing import Any, Final, TypeVar
 
 import pytest
 
+from tests.peers import find
+
 T = TypeVar("T")
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -186,7 +188,15 @@ class Namespace:
             )
 
     def popen(self, argv: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
-        """Start a program in the namespace, leader of its own process group."""
+        """Start a program in the namespace, leader of its own process group.
+
+        It is told to stop when the thread that started it ends, so that a run that is killed leaves little behind: only
+        programs that change their user (dante) lose this, as the kernel has it.
+        """
+        setpriv = find("setpriv")
+        if setpriv is not None:
+            # It becomes the program by exec: the process id stays.
+            argv = [setpriv, "--pdeathsig", "TERM", "--", *argv]
         with self.inside():
             return subprocess.Popen(argv, start_new_session=True, stdin=subprocess.DEVNULL, cwd=ROOT, **options)
 
