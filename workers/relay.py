@@ -121,10 +121,10 @@ class Relay:
             self._read(now)
         if conn.retransmit_due:
             self.flows.count[counts.TCP_RETRANSMITTED] += 1
-        due = conn.ack_due
-        if due == AT_ONCE or conn.retransmit_due or conn.snd.nxt != conn.snd.end or conn.syn_due:
+        if conn.ack_due == AT_ONCE or conn.retransmit_due or conn.snd.nxt != conn.snd.end or conn.syn_due:
             self._output(now)
-        elif due == AT_END_OF_BATCH:
+        due = conn.ack_due  # unless text has just carried it
+        if due == AT_END_OF_BATCH:
             if not self._in_acks:
                 self._in_acks = True
                 self.flows.acks.append(self)
