@@ -25,6 +25,9 @@ MIN_LENGTH: Final = 30  #: octets; virtio_net_hdr and an IPv4 header
 class DirectPort(TxFrames):
     """The port of a worker that has the device itself."""
 
+    is_full = False  #: what is transmitted is written at once
+    completion_fd = -1
+
     def __init__(self, shared: SharedMemory, device: Device) -> None:
         super().__init__(shared.tx_frames[0])
         self.rx = shared.rx_frames
@@ -96,3 +99,6 @@ class DirectPort(TxFrames):
 
     def flush(self) -> None:
         """Nothing waits here."""
+
+    def complete(self) -> None:
+        """Nor here."""

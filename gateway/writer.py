@@ -22,6 +22,7 @@ COUNTERS: Final = ("frames", "bytes", "wakeups", "write_errors")
 FRAMES, BYTES, WAKEUPS, WRITE_ERRORS = range(len(COUNTERS))
 
 TURN: Final = 32  #: packets of one worker before the next one has its turn
+TURN_OCTETS: Final = 512 * 1024  #: the same in octets; then what was written is completed, too
 
 
 class Outlet:
@@ -81,7 +82,7 @@ class Writer:
                 more = [outlet for outlet in self.outlets if outlet.waiting]
 
     def write_turn(self, outlet: Outlet) -> None:
-        """Write up to TURN packets of one worker, and complete their descriptors."""
+        """Write one turn of a worker's packets, and complete their descriptors."""
         waiting = outlet.waiting
         view = outlet.view
         write = self.device.write
@@ -106,7 +107,7 @@ class Writer:
                 errors += 1
                 pieces = []
             packets += 1
-            if packets >= TURN:
+            if packets >= TURN or octets >= TURN_OCTETS:
                 break
         for descriptor in waiting[:used]:
             push(descriptor)

@@ -33,7 +33,7 @@ SYNS_A_BREATH: Final = 64  #: new flows of one batch; flows that run come first,
 TIME_WAIT_SECONDS: Final = 60.0  # Linux TCP_TIMEWAIT_LEN; RFC 9293 says 2 × 2 minutes
 MAX_TIME_WAIT: Final = 8192  #: connections in TIME-WAIT of one worker; the oldest goes first
 SWEEP_SECONDS: Final = 15.0  #: between two looks at all flows for idle ones
-RETRY_SECONDS: Final = 0.001  #: between two looks for a free frame
+RETRY_SECONDS: Final = 0.01  #: between two looks for a frame that an acknowledgement has freed
 MIN_MSS: Final = 88  #: octets; Linux TCP_MIN_MSS: a smaller offer is an attack
 
 
@@ -105,7 +105,7 @@ class TcpFlows:
         self.acks: list[Relay] = []  #: flows that may owe a pure ACK at the end of the batch
         self.delayed: deque[tuple[float, Relay]] = deque()  #: delayed ACKs; all wait equally long, so in order
         self.ready: list[Relay] = []  #: sockets that had more than one frame took
-        self.starved: list[Relay] = []  #: sockets that wait for a free frame
+        self.starved: list[Relay] = []  #: sockets that wait for the writer, or for a free frame
         self._settings = settings
         self._seg = Segment()
         self._syns: list[tuple[bytes, bytes, Segment]] = []  # flow, packet, SYN
@@ -115,7 +115,7 @@ class TcpFlows:
         self._waiting = 0  #: flows of the table that are in TIME-WAIT
         self._secret = os.urandom(16)
         self._sweep_at = inf
-        self._retry_at = inf  #: when the starved look for a frame again; completions do not wake anybody
+        self._retry_at = inf  #: when the starved look for a frame again, if no completion wakes them before
         self._protocol_error = ""
 
     # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────

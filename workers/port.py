@@ -15,6 +15,7 @@ from typing import Protocol
 from ipc.layout import (
     ADDRESS_MASK,
     FRAME_SIZE,
+    LENGTH_MASK,
     LENGTH_SHIFT,
     MORE,
     RX_FRAMES,
@@ -29,6 +30,9 @@ from ipc.ring import Consumer, Producer
 
 LARGE_LOW_WATER = TX_LARGE - 8  #: completions are read when fewer frames are free: reuse keeps few frames in cache
 SMALL_LOW_WATER = TX_SMALL - 128
+#: octets on their way to the writer beyond which no more are read from proxies: a longer queue only makes frames cold
+#: and few (Linux: byte queue limits); 32 full frames keep the writer busy while completions travel
+BACKLOG = 2 << 20
 
 
 class Port(Protocol):
@@ -42,6 +46,11 @@ class Port(Protocol):
     small: FramePool  #: free TX frames of SMALL_SIZE octets
     packets: int  #: transmitted since the worker last looked
     octets: int  #: of them, virtio_net_hdr included
+    completion_fd: int  #: readable when is_full may have changed; -1: it never does
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much is on its way to the device that nothing more should be read for it."""
 
     def fileno(self) -> int:
         """Return the descriptor that is readable while frames wait."""
@@ -63,6 +72,9 @@ class Port(Protocol):
 
     def flush(self) -> None:
         """Make everything transmitted since the last call visible to the writer."""
+
+    def complete(self) -> None:
+        """Take home the frames that the writer is done with."""
 
 
 class TxFrames:
@@ -109,6 +121,13 @@ class RingPort(TxFrames):
         self._writer_is_there = True
         self.frames = self._rx.take
         self.fileno = self._rx.fileno
+        self.completion_fd = self._completion.fileno()
+        self._backlog = 0  # octets transmitted and not completed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the writer has enough to do."""
+        return self._backlog >= BACKLOG
 
     def release(self, descriptors: list[int]) -> None:
         """Give RX frames back to the reader, several with one system call."""
@@ -124,6 +143,7 @@ class RingPort(TxFrames):
         if at < TX_SMALL_BASE:
             self._uses[at // FRAME_SIZE] += 1
         self.octets += length
+        self._backlog += length
         if not more:
             self.packets += 1
         descriptor = at | length << LENGTH_SHIFT
@@ -138,11 +158,16 @@ class RingPort(TxFrames):
         if len(self.large.free) < LARGE_LOW_WATER or len(self.small.free) < SMALL_LOW_WATER:
             self._complete(self._completion.take())
 
+    def complete(self) -> None:
+        """Take home the frames that the writer is done with."""
+        self._complete(self._completion.take())
+
     def _complete(self, descriptors: list[int]) -> None:
         small = self.small
         uses = self._uses
         for descriptor in descriptors:
             at = descriptor & ADDRESS_MASK
+            self._backlog -= descriptor >> LENGTH_SHIFT & LENGTH_MASK
             if at >= TX_SMALL_BASE:
                 small.give(at - (at - TX_SMALL_BASE) % SMALL_SIZE)
             else:
@@ -161,6 +186,7 @@ class RingPort(TxFrames):
             self._uses[number] = int(held)
             if not held:
                 self.large.give(number * FRAME_SIZE)
+        self._backlog = 0
         self._tx.reset()
         self._completion.reset()
 

@@ -56,6 +56,7 @@ class Relay:
         "_hup",
         "_in_acks",
         "_in_delayed",
+        "_in_queue",
         "_port",
         "_proxy_closed",
         "_readable",
@@ -90,6 +91,7 @@ class Relay:
         self._proxy_closed = False  #: so was the proxy's
         self._in_acks = False
         self._in_delayed = False
+        self._in_queue = False  #: of those that read again: ready or starved
         self._wake_at = inf
 
     @property
@@ -207,7 +209,8 @@ class Relay:
             self._read(now)
 
     def read_again(self, now: float) -> None:
-        """Go on with a socket that had more than one frame took."""
+        """Go on with a socket that had more than one frame took, or for which there was none."""
+        self._in_queue = False
         if self._readable:
             self._read(now)
 
@@ -230,9 +233,10 @@ class Relay:
                 self._arm()
             return
         port = self._port
-        if not port.large.free:
-            self.flows.count[counts.NO_FRAMES] += 1
-            self.flows.starved.append(self)
+        if port.is_full or not port.large.free:
+            if not self._in_queue:
+                self._in_queue = True
+                self.flows.starved.append(self)
             return
         frame = port.large.take()
         payload = frame + HEADROOM
@@ -253,10 +257,11 @@ class Relay:
             return
         if self._hup and length < room and self._nothing_more():
             self._end_of_file()  # the FIN rides on the text
-        elif length == room or self._hup:
-            self.flows.ready.append(self)
-        else:
+        elif length < room and not self._hup:
             self._readable = False
+        elif not self._in_queue:
+            self._in_queue = True
+            self.flows.ready.append(self)
         self.active_at = now
         self._send_fresh(frame, length, now)
 

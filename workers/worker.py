@@ -49,6 +49,7 @@ class Worker:
         self._channel = channel
         self._stopping = False
         self._logged_error = False
+        self._watches_completions = False
         self.upstream = Upstream(settings, self.report)
         self.icmp = Icmp(self)
         self.tcp = TcpFlows(self)
@@ -119,6 +120,8 @@ class Worker:
             except Exception:
                 self._broken(None, now)
             port.flush()
+            if bool(tcp.starved) != self._watches_completions:
+                self._watch_completions()
             if port.packets:
                 count[counts.FRAMES_TO_DEVICE] += port.packets
                 count[counts.BYTES_TO_DEVICE] += port.octets - vnet.SIZE * port.packets
@@ -126,6 +129,21 @@ class Worker:
         tcp.stop(now)
         self.udp.stop(now)
         port.flush()
+
+    def _watch_completions(self) -> None:
+        """Hear of completions only while somebody waits for them: they would wake us for each frame."""
+        fd = self.port.completion_fd
+        if fd < 0:
+            return
+        self._watches_completions = not self._watches_completions
+        if self._watches_completions:
+            self.watch(fd, EPOLLIN, self._completed)
+        else:
+            self.unwatch(fd)
+
+    def _completed(self, mask: int, now: float) -> None:
+        """Take completed frames home; TcpFlows.run() looks who waited for them."""
+        self.port.complete()
 
     def _frames_wait(self, mask: int, now: float) -> None:
         """Take all frames that wait, then do what the batch owes."""
