@@ -25,9 +25,6 @@ MIN_LENGTH: Final = 30  #: octets; virtio_net_hdr and an IPv4 header
 class DirectPort(TxFrames):
     """The port of a worker that has the device itself."""
 
-    is_full = False  #: what is transmitted is written at once
-    completion_fd = -1
-
     def __init__(self, shared: SharedMemory, device: Device) -> None:
         super().__init__(shared.tx_frames[0])
         self.rx = shared.rx_frames

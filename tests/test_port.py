@@ -1,5 +1,7 @@
 """The worker's port: frames are conserved, whatever is transmitted, held, completed or lost with its writer."""
 
+import select
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ipc.layout import FRAME_SIZE, HEADROOM, RX_FRAMES, SMALL_SIZE, TX_LARGE, TX_SMALL, TX_SMALL_BASE
 from ipc.memory import SharedMemory
 from ipc.ring import Consumer, Producer
-from workers.port import RingPort
+from workers.port import BACKLOG, RingPort
 
 MEMORY = SharedMemory(1, {})  # one for all runs: each begins with empty rings
 
@@ -185,3 +187,23 @@ def test_packets_and_octets_are_counted_by_packet(port):
     port.transmit(headers, 62, more=True)
     port.transmit(frame, 1460)
     assert (port.packets, port.octets) == (1, 1522)
+
+
+def test_a_port_is_full_until_the_writer_has_written():
+    shared = SharedMemory(1, {})
+    port = RingPort(shared, 0)
+    written = Consumer(shared.rings[0]["tx"])
+    completed = Producer(shared.rings[0]["completion"])
+    frames = 0
+    while not port.is_full:
+        port.transmit(port.large.take(), 60_000)
+        frames += 1
+    assert BACKLOG <= frames * 60_000 < BACKLOG + 60_000
+    port.flush()
+    for descriptor in written.take():
+        completed.push(descriptor)
+    completed.submit()
+    assert select.select([port.completion_fd], [], [], 0)[0]
+    port.complete()
+    assert not port.is_full
+    assert port.large.taken == 0

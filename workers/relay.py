@@ -41,7 +41,6 @@ from workers.wire.tcp import Headers
 if TYPE_CHECKING:
     from workers.flows import TcpFlows
 
-PROMPT: Final = 16 * 1024  #: octets; a packet as large as this does not wait for the end of the breath
 LINGER_SECONDS: Final = 60.0  #: without progress, for text that outlives its connection; Linux tcp_fin_timeout
 MAX_PIECES: Final = 64  #: buffers of one sendmsg; IOV_MAX is 1,024
 RESET_ON_CLOSE: Final = pack("ii", 1, 0)  # struct linger: close() sends RST
@@ -297,8 +296,6 @@ class Relay:
         self._unacked.keep(seq, frame, length)
         written = self.headers.write(port.tx_view, payload, out)
         port.transmit(payload - written, written + length)
-        if length >= PROMPT:
-            port.flush()
         if conn.deadline < self._wake_at:
             self._arm()
 

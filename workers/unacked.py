@@ -16,7 +16,7 @@ from workers.tcp.sequence import HALF, MASK
 from workers.wire.tcp import Headers
 
 COPY_LIMIT: Final = 4096  #: octets; so small a payload is copied and its frame goes home
-FEW_FRAMES: Final = TX_LARGE // 4  #: with fewer free frames every payload is copied: no flow starves the others
+FEW_FRAMES: Final = TX_LARGE // 16  #: with fewer free frames every payload is copied: no flow starves the others
 
 
 class Unacked:
