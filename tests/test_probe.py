@@ -333,7 +333,8 @@ def started(argv: list[str], port: int) -> Iterator[None]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             assert process.poll() is None and time.monotonic() < give_up_at, f"{argv[0]} does not accept connections"
-            time.sleep(0.02)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
         yield
     finally:
         process.terminate()
