@@ -58,7 +58,6 @@ UDP_DROPPED_DESCRIPTORS: Final = _counter("udp_dropped_descriptors")  #: no file
 UDP_DROPPED_SOCKET: Final = _counter("udp_dropped_socket")  #: the socket took no more
 UDP_DROPPED_REFUSED: Final = _counter("udp_dropped_refused")  #: the proxy has no UDP, or refused the association
 UDP_DROPPED_EMPTY: Final = _counter("udp_dropped_empty")
-UDP_DROPPED_FOREIGN: Final = _counter("udp_dropped_foreign")  #: answers that did not come from the proxy's relay
 UDP_DROPPED_BAD_HEADER: Final = _counter(
     "udp_dropped_bad_header"
 )  #: answers without a valid SOCKS header, or with FRAG

@@ -43,7 +43,7 @@ REFUSED_ERRNO: Final = {
 class Dial:
     """A flow whose connection to the proxy does not stand yet."""
 
-    __slots__ = ("_handshake", "_socket", "_syn", "_to_send", "flows", "key", "packet")
+    __slots__ = ("_handshake", "_socket", "_syn", "flows", "key", "packet")
 
     def __init__(self, flows: TcpFlows, key: bytes, syn: Segment, packet: bytes) -> None:
         """Keep the SYN (the object becomes the dial's) and its packet, which an ICMP error would quote."""
@@ -53,7 +53,6 @@ class Dial:
         self._syn = syn
         self._handshake: SocksHandshake | None = None
         self._socket: socket.socket | None = None
-        self._to_send = b""
 
     def start(self, now: float) -> None:
         """Open the socket and begin to connect. OSError: there is no descriptor left; nothing was begun."""

@@ -7,13 +7,3 @@ from typing import Final
 
 MASK: Final = 0xFFFFFFFF
 HALF: Final = 0x80000000
-
-
-def before(a: int, b: int) -> bool:
-    """Say whether a stands before b on the circle."""
-    return (a - b) & MASK >= HALF
-
-
-def at_or_before(a: int, b: int) -> bool:
-    """Say whether a is b or stands before it."""
-    return (b - a) & MASK < HALF

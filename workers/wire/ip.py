@@ -17,7 +17,6 @@ ICMPV6: Final = 58
 
 #: from the virtio_net_hdr on: its flags, then version and IHL, total length, fragment field, protocol
 HEADER4: Final = Struct(">B9xBxH2xHxB")
-HEADER6: Final = Struct(">H")  #: payload length
 IS_FRAGMENT: Final = 0x3FFF  #: of the fragment field: more fragments, or an offset
 
 # Extension headers of IPv6 that may stand before the transport header (RFC 8200, 4).
