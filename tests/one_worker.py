@@ -134,10 +134,7 @@ class OneWorker:
         worker = self.worker
         events = worker._epoll.poll(timeout)
         now = self.now
-        for fd, mask in events:
-            handler = worker.handlers.get(fd)
-            if handler is not None:
-                handler(mask, now)
+        worker.handle(events, now)
         if self.port.waiting:
             worker._frames_wait(select.EPOLLIN, now)
         worker.timers.run(now)

@@ -1,6 +1,7 @@
 """Flows of a whole worker: Dial, Relay, TimeWait between a raw client and real sockets on loopback."""
 
 import errno
+import select
 import socket
 import struct
 from contextlib import closing
@@ -486,6 +487,24 @@ def test_nothing_is_asked_of_a_client_that_has_our_fin(one):
         assert client.unread() == []  # no probe of a window that nobody needs
 
 
+def push_until_it_waits(client, relay):
+    """Push text until some of it waits for the target; return all of it."""
+    sent = b""
+    while len(relay._backlog) < 5:
+        text = bytes([len(sent) // 1400 % 256]) * 1400
+        client.push(text)
+        sent += text
+    return sent
+
+
+def assert_all_arrives(one, target, sent):
+    got = b""
+    while data := received(one, target, 1):
+        got += data
+    assert len(got) == len(sent)
+    assert got == sent
+
+
 def test_text_that_waits_for_the_target_outlives_the_connection(one):
     """The target closes its way, reads slowly, and the client's last text and FIN wait for it."""
     client, target = connected(one, ALL_OPTIONS)
@@ -494,19 +513,10 @@ def test_text_that_waits_for_the_target_outlives_the_connection(one):
         target.shutdown(socket.SHUT_WR)
         client.answer(lambda answer: answer.flags & FIN)
         client.acknowledge()
-        sent = b""
-        relay = relay_of(one)
-        while len(relay._backlog) < 5:
-            text = bytes([len(sent) // 1400 % 256]) * 1400
-            client.push(text)
-            sent += text
+        sent = push_until_it_waits(client, relay_of(one))
         client.fin()
         one.settle()
-        got = b""
-        while data := received(one, target, 1):
-            got += data
-        assert len(got) == len(sent)
-        assert got == sent
+        assert_all_arrives(one, target, sent)
 
 
 def test_text_that_waits_for_the_target_outlives_the_last_acknowledgement(one):
@@ -514,22 +524,13 @@ def test_text_that_waits_for_the_target_outlives_the_last_acknowledgement(one):
     client, target = connected(one, ALL_OPTIONS)
     with target:
         slow(one, target)
-        sent = b""
-        relay = relay_of(one)
-        while len(relay._backlog) < 5:
-            text = bytes([len(sent) // 1400 % 256]) * 1400
-            client.push(text)
-            sent += text
+        sent = push_until_it_waits(client, relay_of(one))
         client.fin()
         target.shutdown(socket.SHUT_WR)
         client.answer(lambda answer: answer.flags & FIN)
         client.acknowledge()
         one.settle()
-        got = b""
-        while data := received(one, target, 1):
-            got += data
-        assert len(got) == len(sent)
-        assert got == sent
+        assert_all_arrives(one, target, sent)
 
 
 def test_reset_by_the_client_resets_the_target(one):
@@ -828,3 +829,21 @@ def test_random_frames_raise_nothing(packets, trusted):
         one.receive(*packets, vnet=TRUSTED if trusted else bytes(10))
     finally:
         one.close()
+
+
+def test_an_event_of_a_closed_socket_never_reaches_the_next_one_with_its_number(one):
+    worker = one.worker
+    reached = []
+
+    def closes_and_opens(mask, now):
+        worker.forget(901)
+        worker.handlers[901] = lambda mask, now: reached.append("new")
+
+    worker.handlers[900] = closes_and_opens
+    worker.handlers[901] = lambda mask, now: reached.append("old")
+    worker.handle([(900, select.EPOLLIN), (901, select.EPOLLOUT)], one.now)
+    assert reached == []
+    worker.handle([(901, select.EPOLLIN)], one.now)
+    assert reached == ["new"]
+    worker.forget(900)
+    worker.forget(901)

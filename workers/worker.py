@@ -86,11 +86,9 @@ class Worker:
         """Breathe until told to stop."""
         monotonic = time.monotonic
         poller = self._epoll
-        handlers = self.handlers
         timers = self.timers
         tcp = self.tcp
         port = self.port
-        port_fd = port.fileno()
         count = self.count
         busy_poll = self.settings.busy_poll
         looked_again = True
@@ -104,16 +102,8 @@ class Worker:
                 events = poller.poll(None if next_at == inf else max(next_at - now, 0.001), MAX_EVENTS)
             looked_again = not events
             now = monotonic()
-            for fd, mask in events:
-                handler = handlers.get(fd)
-                if handler is None:
-                    continue  # closed earlier in this breath
-                try:
-                    handler(mask, now)
-                except Exception:
-                    if fd == port_fd:
-                        raise  # the device is gone
-                    self._broken(handler, now)
+            if events:
+                self.handle(events, now)
             try:
                 timers.run(now)
                 tcp.run(now)
@@ -129,6 +119,24 @@ class Worker:
         tcp.stop(now)
         self.udp.stop(now)
         port.flush()
+
+    def handle(self, events: list[tuple[int, int]], now: float) -> None:
+        """Call the handlers of one breath's events.
+
+        They are looked up before the first one runs: it may close a socket, and open one that gets the same number,
+        to which an event of the old one would say that it is connected.
+        """
+        handlers = self.handlers
+        port_fd = self.port.fileno()
+        for fd, mask, handler in [(fd, mask, handlers.get(fd)) for fd, mask in events]:
+            if handler is None or handlers.get(fd) is not handler:
+                continue
+            try:
+                handler(mask, now)
+            except Exception:
+                if fd == port_fd:
+                    raise  # the device is gone
+                self._broken(handler, now)
 
     def _watch_completions(self) -> None:
         """Hear of completions only while somebody waits for them: they would wake us for each frame."""
