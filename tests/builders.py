@@ -51,18 +51,19 @@ def arrive(conn: Connection, seg: Segment, now: float = NOW) -> int:
     return conn.take_events()
 
 
-def syn_received(timestamps: bool = False, scale: int = -1, mss: int = 1000) -> Connection:
+def syn_received(timestamps: bool = False, scale: int = -1, mss: int = 1000, sack: bool = False) -> Connection:
     """A connection whose SYN-ACK is on its way."""
     syn = segment(0, None, SYN, wnd=60_000, ts=(THEIR_CLOCK, 0) if timestamps else None)
     syn.mss = mss + 12 * timestamps
     syn.window_scale = scale
+    syn.sack_permitted = sack
     conn = Connection(syn, ISS, 1460)
     sent(conn)
     return conn
 
 
-def established(timestamps: bool = False, scale: int = -1, mss: int = 1000) -> Connection:
-    conn = syn_received(timestamps, scale, mss)
+def established(timestamps: bool = False, scale: int = -1, mss: int = 1000, sack: bool = False) -> Connection:
+    conn = syn_received(timestamps, scale, mss, sack)
     ts = (THEIR_CLOCK, int(NOW * 1000)) if timestamps else None
     arrive(conn, segment(ts=ts, wnd=60_000 >> max(scale, 0)))
     assert conn.state == ESTABLISHED
@@ -120,4 +121,6 @@ def snapshot(item: object) -> object:
     """Return all that an object with __slots__ holds, so that whole objects can be compared."""
     if hasattr(item, "__slots__"):
         return {name: snapshot(getattr(item, name)) for name in item.__slots__ if hasattr(item, name)}
-    return list(item) if isinstance(item, list) else item
+    if isinstance(item, dict):
+        return [(key, snapshot(value)) for key, value in item.items()]  # their order matters
+    return [snapshot(one) for one in item] if isinstance(item, list) else item

@@ -62,6 +62,9 @@ def options_bytes(words: str) -> bytes:
             packed += b"\x03\x03" + bytes([int(numbers[0])])
         elif kind == "sackOK":
             packed += b"\x04\x02"
+        elif kind == "sack":  # sack 1:11 21:31
+            packed += bytes((5, 2 + 8 * len(numbers)))
+            packed += b"".join(int(edge).to_bytes(4, "big") for block in numbers for edge in block.split(":"))
         elif kind == "TS":  # TS val 1 ecr 2
             packed += b"\x08\x0a" + int(numbers[1]).to_bytes(4, "big") + int(numbers[3]).to_bytes(4, "big")
         elif kind == "nop":
@@ -177,6 +180,7 @@ class Script:
             lambda ts: f"TS val {(THEIR_TS + int(ts[1])) & MASK} ecr {self._our_ts(int(ts[2]))}",
             match["options"] or "",
         )
+        words = re.sub(r"(\d+):(\d+)", lambda m: f"{(ISS + int(m[1])) & MASK}:{(ISS + int(m[2])) & MASK}", words)
         seg.parse_options(options_bytes(words))
         memory = bytes(7) + text_of(relative - 1, length)
         seg.text_at = 7
@@ -228,8 +232,13 @@ class Script:
             words.append(f"mss {out.mss}")
             if out.window_scale >= 0:
                 words.append(f"wscale {out.window_scale}")
+            if out.sack_permitted:
+                words.append("sackOK")
         if out.ts_present:
             words.append(f"TS val {(out.ts_val - int(START * 1000)) & MASK} ecr {(out.ts_ecr - THEIR_TS) & MASK}")
+        if out.sack:
+            edges = [f"{(left - IRS) & MASK}:{(right - IRS) & MASK}" for left, right in out.sack]
+            words.append("sack " + " ".join(edges))
         relative -= 2**32 if relative >= 2**31 else 0
         ack = (out.ack - IRS) & MASK
         sent = {

@@ -67,10 +67,14 @@ def text_just_read(conn, octets, now):
 
 
 @given(
-    st.booleans(), st.sampled_from((-1, 0, 7)), st.lists(st.one_of(arrivals, arrivals, calls), max_size=12), arrivals
+    st.booleans(),
+    st.sampled_from((-1, 0, 7)),
+    st.booleans(),
+    st.lists(st.one_of(arrivals, arrivals, calls), max_size=12),
+    arrivals,
 )
-def test_fast_path_is_equivalent_to_the_steps(timestamps, scale, history, last):
-    conn = established(timestamps, scale)
+def test_fast_path_is_equivalent_to_the_steps(timestamps, scale, sack, history, last):
+    conn = established(timestamps, scale, sack=sack)
     now, clock = NOW, THEIR_CLOCK
     memory = bytes(60_000)
     for step in [*history, last]:

@@ -107,11 +107,11 @@ def test_more_than_one_mss_is_a_super_segment(pair, out, length):
         assert (gso_type, header, gso_size) == (0, 0, 0)
 
 
-@given(addresses, u32, u32, u16, st.none() | st.tuples(u32, u32), st.integers(-1, 14), u16)
-def test_syn_options(pair, seq, ack, wnd, ts, scale, mss):
+@given(addresses, u32, u32, u16, st.none() | st.tuples(u32, u32), st.integers(-1, 14), u16, st.booleans())
+def test_syn_options(pair, seq, ack, wnd, ts, scale, mss, sack):
     version, key = pair
     out = make_out(seq, ack, SYN | ACK, wnd, ts)
-    out.mss, out.window_scale = mss, scale
+    out.mss, out.window_scale, out.sack_permitted = mss, scale, sack
     vnet, packet = write(version, key, out, b"")
     packet = complete(vnet, packet)
     read = dpkt.ip.IP(packet) if version == 4 else dpkt.ip6.IP6(packet)
@@ -121,12 +121,37 @@ def test_syn_options(pair, seq, ack, wnd, ts, scale, mss):
     expected = [(dpkt.tcp.TCP_OPT_MSS, mss.to_bytes(2, "big"))]
     if scale >= 0:
         expected.append((dpkt.tcp.TCP_OPT_WSCALE, bytes([scale])))
+    if sack:
+        expected.append((dpkt.tcp.TCP_OPT_SACKOK, b""))
     if ts is not None:
         expected.append((dpkt.tcp.TCP_OPT_TIMESTAMP, struct.pack(">II", *ts)))
     assert options == expected
     parsed = Segment()
     parsed.parse_options(bytes(read.data.opts))
     assert (parsed.mss, parsed.window_scale, parsed.ts_present) == (mss, scale, ts is not None)
+    assert parsed.sack_permitted == sack
+
+
+blocks = st.lists(st.tuples(u32, u32), min_size=1, max_size=4).map(tuple)
+
+
+@given(addresses, u32, u32, u16, st.none() | st.tuples(u32, u32), blocks)
+def test_sack_blocks(pair, seq, ack, wnd, ts, sack):
+    version, key = pair
+    out = make_out(seq, ack, ACK, wnd, ts)
+    out.sack = sack
+    vnet, packet = write(version, key, out, b"")
+    packet = complete(vnet, packet)
+    read = dpkt.ip.IP(packet) if version == 4 else dpkt.ip6.IP6(packet)
+    assert bytes(read.data) == packet[20 if version == 4 else 40 :]
+    written = sack[: 3 if ts else 4]
+    options = [option for option in dpkt.tcp.parse_opts(read.data.opts) if option[0] != dpkt.tcp.TCP_OPT_NOP]
+    expected = [(dpkt.tcp.TCP_OPT_TIMESTAMP, struct.pack(">II", *ts))] if ts else []
+    expected.append((dpkt.tcp.TCP_OPT_SACK, b"".join(struct.pack(">II", *block) for block in written)))
+    assert options == expected
+    parsed = Segment()
+    parsed.parse_options(bytes(read.data.opts))
+    assert (parsed.sack, parsed.ts_present) == (written, ts is not None)
 
 
 @given(u32, u32, u32, u32, u16)
@@ -163,12 +188,21 @@ def test_options(words, expected):
 
 
 @pytest.mark.parametrize(
-    "cut", [b"\x02", b"\x02\x00", b"\x02\x01\x05", b"\x02\x04\x05", b"\x08\x0a\x00", b"\x03\x09\x01"]
+    "cut",
+    [b"\x02", b"\x05\x0a" + bytes(7), b"\x02\x00", b"\x02\x01\x05", b"\x02\x04\x05", b"\x08\x0a\x00", b"\x03\x09\x01"],
 )
 def test_reading_ends_at_a_malformed_option(cut):
     seg = Segment()
     seg.parse_options(b"\x03\x03\x05" + cut)
     assert (seg.window_scale, seg.mss, seg.ts_present) == (5, 0, False)
+    assert seg.sack == ()
+
+
+@pytest.mark.parametrize("length", [2, 3, 9, 11, 17, 38])
+def test_sack_of_a_length_that_is_none_is_ignored(length):
+    seg = Segment()
+    seg.parse_options(bytes((5, length)) + bytes(length - 2) + b"\x04\x02")
+    assert (seg.sack, seg.sack_permitted) == ((), True)
 
 
 @given(addresses)

@@ -142,6 +142,7 @@ class TcpFlows:
             seg.ts_present = True
             seg.ts_val = ts_val
             seg.ts_ecr = ts_ecr
+            seg.sack = ()
         else:
             seg.parse_options(rx[transport + 20 : text_at])
         if version == 4:
@@ -180,6 +181,7 @@ class TcpFlows:
         out = self.out
         out.len = 0
         out.ts_present = False
+        out.sack = ()
         if seg.flags & ACK:
             out.flags, out.seq, out.ack = RST, seg.ack, 0
         else:

@@ -54,6 +54,8 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
         if conn.timestamps and (offset + occupied) & MASK == 0:
             conn.ts_recent = seg.ts_val  # our ACK of it was lost: echo this copy, or the peer measures a timeout
         conn.ack_due = AT_ONCE
+        if seg_len and offset >= HALF:
+            _came_again(conn, seg.seq, min(-offset & MASK, seg_len))
         if rcv.wnd or offset:
             return  # else the window is closed: the ACK of a probe is taken all the same, its text and FIN are not
     if conn.timestamps and seg.ts_present and (rcv.nxt - rcv.unacked - seg.seq) & MASK < HALF:
@@ -149,6 +151,7 @@ def _text_arrives(conn: Connection, seg: Segment, seg_len: int, offset: int, mem
     if offset >= HALF:  # it begins before RCV.NXT
         skip = -offset & MASK
         conn.ack_due = AT_ONCE
+        _came_again(conn, seg.seq, min(skip, seg_len))
         if skip >= seg_len:
             return
         at += skip
@@ -157,13 +160,28 @@ def _text_arrives(conn: Connection, seg: Segment, seg_len: int, offset: int, mem
     seg_len = min(seg_len, rcv.wnd - offset)  # it may end behind the window
     if offset:
         conn.ack_due = AT_ONCE  # RFC 5681, 4.2: a duplicate ACK tells of the gap
-        rcv.insert(rcv.taken + offset, memory[at : at + seg_len])
+        again = rcv.insert(rcv.taken + offset, memory[at : at + seg_len])
+        if conn.sack:
+            rcv.blocks_due = True
+            rcv.again = again
         return
     if rcv.pieces is not None:
         conn.ack_due = AT_ONCE  # RFC 5681, 4.2: so does one that fills (a part of) it
+        if conn.sack:
+            rcv.blocks_due = True
+            rcv.again = rcv.again or rcv.pieces.first_kept(rcv.taken + seg_len)
     seg.text_at = at
     seg.len = seg_len
     conn.text_in_order(seg, now)
+
+
+def _came_again(conn: Connection, seq: int, octets: int) -> None:
+    """Tell the sender of text before RCV.NXT that came a second time: D-SACK (RFC 2883, 4)."""
+    if conn.sack:
+        rcv = conn.rcv
+        start = (seq - rcv.irs - 1) & MASK
+        rcv.again = start, start + octets
+        rcv.blocks_due = True
 
 
 def check_fin(conn: Connection) -> None:

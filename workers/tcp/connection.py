@@ -72,6 +72,7 @@ class Connection:
         "retries",
         "rto_at",
         "rtt",
+        "sack",
         "smss",
         "snd",
         "state",
@@ -92,6 +93,7 @@ class Connection:
         self.announced_mss = mss  #: the MSS option of our SYN-ACK
         self.timestamps = syn.ts_present  #: RFC 7323: each segment carries the option
         self.ts_recent = syn.ts_val if syn.ts_present else 0  #: TS.Recent
+        self.sack = syn.sack_permitted  #: RFC 2018: both sides permit SACK
         if syn.window_scale >= 0:
             snd.scale = syn.window_scale
             rcv.scale = RECEIVE_SCALE
@@ -165,13 +167,13 @@ class Connection:
         return events
 
     def take_reassembled(self) -> list[bytes]:
-        """Return the text that the segment just arrived has put in order, behind its own; then a FIN may be.
+        """Return the text that the segment just arrived has put in order, behind its own; then a FIN may be next.
 
         To be called after each segment while `rcv.pieces` is not None, before take_events().
         """
         ready = self.rcv.take_ready()
         arrival.check_fin(self)
-        return ready
+        return [ready] if ready else []
 
     # ── segments in ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -60,6 +60,10 @@ def ack_to_send(conn: Connection, out: Segment, now: float) -> bool:
     if conn.ack_due < AT_END_OF_BATCH:
         return False
     _fill(conn, out, ACK, conn.snd.nxt, 0, now)
+    if conn.rcv.blocks_due:
+        conn.rcv.blocks_due = False
+        conn.ack_due = NOT_DUE
+        out.sack = conn.rcv.sack_blocks(3 if out.ts_present else 4)
     return True
 
 
@@ -76,6 +80,7 @@ def _syn_to_send(conn: Connection, out: Segment, now: float) -> bool:
     out.wnd = min(conn.rcv.buffer, 65535)  # never scaled in a SYN (RFC 7323, 2.2)
     out.mss = conn.announced_mss
     out.window_scale = conn.rcv.scale or -1
+    out.sack_permitted = conn.sack
     return True
 
 
@@ -148,5 +153,7 @@ def _fill(conn: Connection, out: Segment, flags: int, seq: int, length: int, now
         if length and conn.timed_at < 0 and seq == conn.snd.max:
             conn.timed_at = now
             conn.timed_seq = (seq + length) & MASK
-    conn.ack_due = NOT_DUE
+    out.sack = ()
+    if not rcv.blocks_due:  # else a pure ACK follows: SACK blocks would make text too long for its packet
+        conn.ack_due = NOT_DUE
     rcv.unacked = 0

@@ -5,12 +5,8 @@
 taken    may be sent by the peer     not yet allowed
 """
 
-from bisect import bisect_left
-from typing import Final
-
+from workers.tcp.reassembly import Range, Reassembly
 from workers.tcp.sequence import MASK
-
-MAX_PIECES: Final = 1024  #: out-of-order pieces kept for one connection; more are dropped and come again
 
 
 class ReceiveSpace:
@@ -18,6 +14,8 @@ class ReceiveSpace:
 
     __slots__ = (
         "adv",
+        "again",
+        "blocks_due",
         "buffer",
         "fin_at",
         "irs",
@@ -43,53 +41,38 @@ class ReceiveSpace:
         self.text_at = -1.0  #: when text last arrived
         self.taken = 0  #: octets of the stream delivered so far: the position of RCV.NXT, never wraps
         self.fin_at = -1  #: position of the peer's FIN when it came out of order, -1 = none
-        self.pieces: list[tuple[int, bytes]] | None = None  #: (position, text) out of order, sorted, without overlaps
+        self.pieces: Reassembly | None = None  #: text out of order
+        self.blocks_due = False  #: the next ACK carries SACK blocks, and is a pure one
+        self.again: Range | None = None  #: positions of text that came twice, for one D-SACK block (RFC 2883)
 
     @property
     def wnd(self) -> int:
         """RCV.WND."""
         return (self.adv - self.nxt) & MASK
 
-    def insert(self, position: int, text: bytes) -> bool:
-        """Keep text that is not in order yet; octets already kept win. False: there are too many pieces.
+    def insert(self, position: int, text: bytes) -> Range | None:
+        """Keep text that is not in order yet; return what of it was kept before, see Reassembly.insert."""
+        if self.pieces is None:
+            self.pieces = Reassembly()
+        return self.pieces.insert(position, text)
 
-        Positions count octets of the stream from its beginning, so they never wrap.
-        """
+    def take_ready(self) -> bytes:
+        """Remove and return the text that has become in order, and advance RCV.NXT over it."""
         pieces = self.pieces
         if pieces is None:
-            pieces = self.pieces = []
-        if len(pieces) >= MAX_PIECES:
-            return False
-        i = bisect_left(pieces, (position,))
-        if i and (covered := pieces[i - 1][0] + len(pieces[i - 1][1]) - position) > 0:
-            text = text[covered:]
-            position += covered
-        while text:
-            if i == len(pieces):
-                pieces.append((position, text))
-                return True
-            following, other = pieces[i]
-            if position < following:
-                part = text[: following - position]
-                pieces.insert(i, (position, part))
-                i += 1
-            skip = following + len(other) - position
-            text = text[skip:]
-            position += skip
-            i += 1
-        return True
-
-    def take_ready(self) -> list[bytes]:
-        """Remove and return the text that has become in order, and advance RCV.NXT over it."""
-        ready: list[bytes] = []
-        pieces = self.pieces
-        while pieces and pieces[0][0] <= self.taken:
-            position, text = pieces.pop(0)
-            text = text[self.taken - position :]
-            if text:
-                ready.append(text)
-                self.taken += len(text)
-                self.nxt = (self.nxt + len(text)) & MASK
+            return b""
+        ready = pieces.take(self.taken)
+        self.taken += len(ready)
+        self.nxt = (self.nxt + len(ready)) & MASK
         if not pieces:
             self.pieces = None
         return ready
+
+    def sack_blocks(self, limit: int) -> tuple[tuple[int, int], ...]:
+        """Return the blocks of the next SACK option (RFC 2018, 4): the newest first, before it a D-SACK (RFC 2883)."""
+        first = self.irs + 1
+        blocks = self.pieces.newest(limit) if self.pieces is not None else []
+        if self.again is not None:
+            blocks = [self.again, *blocks[: limit - 1]]
+            self.again = None
+        return tuple([((first + left) & MASK, (first + right) & MASK) for left, right in blocks])

@@ -17,11 +17,15 @@ OPTION_END: Final = 0
 OPTION_NOP: Final = 1
 OPTION_MSS: Final = 2
 OPTION_WINDOW_SCALE: Final = 3
+OPTION_SACK_PERMITTED: Final = 4
+OPTION_SACK: Final = 5
 OPTION_TIMESTAMPS: Final = 8
 MAX_WINDOW_SCALE: Final = 14  # RFC 7323, 2.3
 
 _U16 = Struct(">H")
 _TIMESTAMPS = Struct(">II")
+_SACK_BLOCK = Struct(">II")
+_SACK_LENGTHS: Final = frozenset({10, 18, 26, 34})  # one to four blocks
 
 
 class Segment:
@@ -32,6 +36,8 @@ class Segment:
         "flags",
         "len",
         "mss",
+        "sack",
+        "sack_permitted",
         "seq",
         "text_at",
         "ts_ecr",
@@ -53,12 +59,16 @@ class Segment:
         self.ts_ecr = 0
         self.mss = 0  #: of a SYN; 0 = the option is absent
         self.window_scale = -1  #: of a SYN; -1 = the option is absent
+        self.sack_permitted = False  #: of a SYN
+        self.sack: tuple[tuple[int, int], ...] = ()  #: (left edge, right edge) of each block (RFC 2018, 3)
 
     def parse_options(self, options: bytes) -> None:
-        """Read the options that matter (RFC 9293, 3.1; RFC 7323); at a malformed one the reading ends."""
+        """Read the options that matter (RFC 9293, 3.1; RFC 7323; RFC 2018); at a malformed one the reading ends."""
         self.ts_present = False
         self.mss = 0
         self.window_scale = -1
+        self.sack_permitted = False
+        self.sack = ()
         at, end = 0, len(options)
         while at < end:
             kind = options[at]
@@ -75,10 +85,14 @@ class Segment:
             if kind == OPTION_TIMESTAMPS and length == 10:
                 self.ts_present = True
                 self.ts_val, self.ts_ecr = _TIMESTAMPS.unpack_from(options, at + 2)
+            elif kind == OPTION_SACK and length in _SACK_LENGTHS:
+                self.sack = tuple(_SACK_BLOCK.iter_unpack(options[at + 2 : at + length]))
             elif kind == OPTION_MSS and length == 4:
                 self.mss = _U16.unpack_from(options, at + 2)[0]
             elif kind == OPTION_WINDOW_SCALE and length == 3:
                 self.window_scale = min(options[at + 2], MAX_WINDOW_SCALE)
+            elif kind == OPTION_SACK_PERMITTED and length == 2:
+                self.sack_permitted = True
             at += length
 
     def __repr__(self) -> str:

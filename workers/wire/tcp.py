@@ -25,6 +25,7 @@ _WRITE4_PLAIN = Struct(">12sH6sH12sIIHHHH")
 _WRITE6 = Struct(">14sH2s36sIIHHH6sII")
 _WRITE6_PLAIN = Struct(">14sH2s36sIIHHHH")
 _SYN_OPTIONS = Struct(">BBHBBBB")
+_SACK_BLOCK = Struct(">II")
 
 
 def _vnet(gso_type: int, mss: int, ip_length: int, tcp_length: int) -> bytes:
@@ -61,8 +62,8 @@ class Headers:
         """Write the headers for `out` so that they end at `end`, where its text begins; return their length."""
         length = out.len
         flags = out.flags
-        if flags & SYN:
-            return self._write_syn(memory, end, out)
+        if flags & SYN or out.sack:
+            return self._write_with_options(memory, end, out)
         if self._version == 4:
             prefix = self._cut if length > self._mss else _PLAIN4
             if out.ts_present:
@@ -97,13 +98,26 @@ class Headers:
         )  # fmt: skip
         return 70
 
-    def _write_syn(self, memory: memoryview, end: int, out: Segment) -> int:
-        """A SYN-ACK: MSS, window scale if it was offered, timestamps if they were."""
-        options = _SYN_OPTIONS.pack(2, 4, out.mss, 1, 3, 3, max(out.window_scale, 0))
-        if out.window_scale < 0:
-            options = options[:4]
+    def _write_with_options(self, memory: memoryview, end: int, out: Segment) -> int:
+        """A SYN, or a pure ACK with SACK blocks: whatever options `out` has; there is no text."""
+        options = b""
+        if out.flags & SYN:
+            options = _SYN_OPTIONS.pack(2, 4, out.mss, 1, 3, 3, max(out.window_scale, 0))
+            if out.window_scale < 0:
+                options = options[:4]
+            if out.sack_permitted:
+                options += b"\x04\x02" if out.ts_present else b"\x01\x01\x04\x02"
+            elif out.ts_present:
+                options += b"\x01\x01"
+        elif out.ts_present:
+            options = b"\x01\x01"
         if out.ts_present:
-            options += b"\x01\x01\x08\x0a" + out.ts_val.to_bytes(4, "big") + out.ts_ecr.to_bytes(4, "big")
+            options += b"\x08\x0a" + out.ts_val.to_bytes(4, "big") + out.ts_ecr.to_bytes(4, "big")
+        if out.sack:
+            blocks = out.sack[: 3 if out.ts_present else 4]  # 40 octets of options
+            options += b"\x01\x01\x05" + bytes((2 + 8 * len(blocks),))
+            for block in blocks:
+                options += _SACK_BLOCK.pack(*block)
         tcp_length = 20 + len(options)
         offset_flags = tcp_length // 4 << 12 | out.flags
         start = end - len(options)
