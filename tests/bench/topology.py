@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from gateway.addresses import QUEUE_LENGTH
 from tests.netns.daemon import Ringway
 from tests.netns.peers import RunningPeer
 from tests.netns.tun import open_tun
@@ -144,6 +145,7 @@ class Topology:
         number, name, prefix = self._tuns, f"rw{self._tuns}", PREFIX.format(DIRECT_PREFIX + self._tuns)
         fd = open_tun(self.client, name, mtu=MTU, address4=f"198.18.{number}.1/24", address6="")
         try:
+            self.client.ip(f"link set {name} txqueuelen {QUEUE_LENGTH}")  # as a device that Ringway makes
             own = (
                 "--tun-address",
                 f"198.18.{number}.1",
