@@ -1,4 +1,5 @@
-"""Run the benchmark: `python -m tests.bench [--quick] [--rounds N] [--only tcp-up,…] [--subjects direct,ringway,…]`.
+"""Run the benchmark: `python -m tests.bench [--quick] [--rounds N] [--only tcp-up,…] [--subjects direct,ringway,…]
+[--flags "--workers 1"]`.
 
 Rows are interleaved: in every round each measure is taken for all subjects, one right after the other, so that what
 else the machine does meets them alike; ratios are formed inside a round. Everything runs on two cores. As root.
@@ -6,6 +7,7 @@ else the machine does meets them alike; ratios are formed inside a round. Everyt
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from typing import NoReturn
@@ -46,9 +48,9 @@ def main() -> int:
 
 
 def _run(topology: Topology, options: argparse.Namespace, results: Results) -> None:
-    makers = Subjects(topology)
+    makers = Subjects(topology, options.flags)
     subjects: list[Subject] = []
-    for name in options.subjects:
+    for name in _wanted_by(options):
         try:
             subjects.append(makers.make(name))
         except NotMeasurable as why:
@@ -61,9 +63,14 @@ def _run(topology: Topology, options: argparse.Namespace, results: Results) -> N
         for measure in options.only:
             # The other way round every second time: whoever comes later in a pair does so as often as not.
             for subject in subjects if turn % 2 == 0 else subjects[::-1]:
-                if measure.absolute and subject.ringway is None:
-                    continue
-                _one(topology, options, results, measure, subject, turn)
+                if measure.takes(subject):
+                    _one(topology, options, results, measure, subject, turn)
+
+
+def _wanted_by(options: argparse.Namespace) -> list[str]:
+    """Return the subjects' names; with `--flags` every gateway is followed by its twin that has them."""
+    twins = [name + "+" if options.flags and parse(name)[0] == "ringway" else "" for name in options.subjects]
+    return [name for pair in zip(options.subjects, twins, strict=True) for name in pair if name]
 
 
 def _one(
@@ -99,14 +106,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="how often each figure is taken (3, with --quick 1)")
     parser.add_argument("--seconds", type=float, help="how long a figure is taken, about (3, with --quick 1.5)")
     parser.add_argument("--quick", action="store_true", help="one short round, nothing kept: while optimising")
-    parser.add_argument("--only", default=",".join(names), metavar="MEASURE,…", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", metavar="MEASURE,…", help=f"of {', '.join(names)}".replace("%", "%%"))
     parser.add_argument("--subjects", default=",".join(DEFAULT), metavar="SUBJECT,…", help=f"of {', '.join(DEFAULT)}")
+    parser.add_argument(
+        "--flags", default=[], type=shlex.split, metavar='"FLAG …"',
+        help="flags of `ringway run`: each gateway is also measured with them, as a subject of its own (ringway+)",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="keep the results there instead of tests/bench/results/")
     parser.add_argument("--quiet", action="store_true", help="print the table only")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.seconds = options.seconds or (1.5 if options.quick else 3.0)
-    wanted = options.only.split(",")
+    wanted = options.only.split(",") if options.only else [m.name for m in MEASURES if m.quick or not options.quick]
     unknown = [name for name in wanted if not any(known == name or known.startswith(name + "-") for known in names)]
     if unknown:
         parser.error(f"no measure {unknown[0]!r}; allowed are {', '.join(names)}")

@@ -9,6 +9,7 @@
 | connections-wrk | wrk with `Connection: close`: a client in C, 32 at a time | per second |
 | http | wrk, 64 kept-alive connections, nginx | requests per second, CPU for each |
 | udp-64, udp-1400 | echo at a fixed rate, the highest with ≤ 1 % lost there and back | per second, CPU for each |
+| link-up-…, link-down-… | bulk from behind a bad link, by loss of each way and RTT, what the receiver got | Mbit/s |
 | idle | a fresh gateway with two workers and nothing to do | PSS, CPU share, wakeups of the busiest process |
 | idle-5000 | the same with 5,000 idle TCP connections | PSS for each connection, CPU share, wakeups |
 
@@ -16,19 +17,27 @@ CPU is that of all the gateway's processes, not of proxies, clients and targets.
 nothing about it helps either side: one system call for each datagram in client and echo, one socket, and the same two
 cores for client, echo, gateway and kernel; in `direct` client and echo alone fill them. Ping-pong has two regimes: the
 scheduler puts both ends on one core, where a wakeup costs little, or on two; the spread over the rounds shows it.
+
+The link rows compare the gateway's TCP with the kernel's own, CUBIC on both sides, over the same emulated link with
+the same offloads. Super-segments cross it whole, so that its process is not the limit, but loss meets each MSS-sized
+segment (tests/netns/link.py). Without delay the RTT is what the process itself takes, some 0.1 to 0.3 ms. Cells in
+which one flow is slow are measured with eight at once: a few losses in a few seconds would say nothing. In cells with
+little loss and a short RTT the CPU is the limit, and the ratio is that of tcp-up and tcp-down.
 """
 
+import contextlib
 import json
 import select
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from tests.bench.processes import pss, usage
 from tests.bench.subjects import NotMeasurable, Subject, parse
 from tests.bench.topology import (
+    BULK_PORT,
     HOLD_PORT,
     HTTP_PORT,
     IPERF_PORT,
@@ -42,6 +51,8 @@ from tests.peers import find
 
 Figures = dict[str, float]
 IDLE_CONNECTIONS: Final = 5000
+LINK_LOSSES: Final = (0.0, 0.001, 0.01, 0.05)  #: share of the segments lost each way
+LINK_RTTS: Final = (0.0001, 0.005, 0.05)  #: seconds; the first is a link without delay
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +66,15 @@ class Measure:
     floor: float | None = None  #: a ratio to `direct`, or an absolute value where `direct` has none
     lower_is_better: bool = False
     absolute: bool = False  #: measured on gateways alone
+    link: bool = False  #: over the bad link: only without a proxy, and with one placement (both have the same TCP)
+    quick: bool = True  #: taken in a quick run that does not name it
+
+    def takes(self, subject: Subject) -> bool:
+        """Say whether the subject has this row."""
+        if self.link:
+            _, placement, proxy = parse(subject.name)
+            return placement == "pipeline" and (not proxy or bool(subject.congestion))
+        return not subject.congestion and not (self.absolute and subject.ringway is None)
 
 
 def _program(name: str) -> str:
@@ -120,6 +140,48 @@ def _iperf(*flags: str, lan: bool = False) -> Callable[[Topology, Subject, float
         }
 
     return run
+
+
+def _over_link(way: str, loss: float, round_trip: float) -> Callable[[Topology, Subject, float], Figures]:
+    # A flow's rate by Mathis' formula, in segments of a round trip: below 25 of them it takes minutes to even out.
+    streams = 8 if loss and round_trip > LINK_RTTS[0] and 1.22 / loss**0.5 < 25 else 1
+
+    def run(topology: Topology, subject: Subject, seconds: float) -> Figures:
+        programs = [
+            ("bulk-send", [str(streams), *([subject.congestion] if subject.congestion else [])]),
+            ("bulk-receive", [str(streams), f"{seconds}"]),
+        ]
+        if way == "down":
+            programs.reverse()
+        (near_program, near_flags), (far_program, far_flags) = programs
+        with topology.bad_link(loss, round_trip if round_trip > LINK_RTTS[0] else 0.0), contextlib.ExitStack() as ends:
+            server = ends.enter_context(
+                topology.running(topology.net, traffic_command(far_program, "-", str(BULK_PORT), *far_flags))
+            )
+            assert server.stdout is not None
+            server.stdout.readline()
+            client = ends.enter_context(
+                topology.running(
+                    topology.far, traffic_command(near_program, subject.target, str(BULK_PORT), *near_flags)
+                )
+            )
+            receiver = server if way == "up" else client
+            output, _ = receiver.communicate(timeout=seconds + 45)
+            if receiver.returncode:
+                raise RuntimeError("a stream does not begin, or ends early")
+        return {"mbit_s": json.loads(output)["bytes_per_second"] * 8 / 1e6}
+
+    return run
+
+
+def _link_rows() -> Iterator[Measure]:
+    for way in ("up", "down"):
+        for loss in LINK_LOSSES:
+            for rtt in LINK_RTTS:
+                yield Measure(
+                    f"link-{way}-{loss * 100:g}%-{rtt * 1000:g}ms", "mbit_s", "Mbit/s", _over_link(way, loss, rtt),
+                    0.8, link=True, quick=(loss, rtt) in ((0.01, 0.0001), (0.001, 0.005), (0.05, 0.05)),
+                )  # fmt: skip
 
 
 def _ping_pong(kind: str) -> Callable[[Topology, Subject, float], Figures]:
@@ -200,7 +262,7 @@ def _fresh_gateway(topology: Topology, subject: Subject) -> Subject:
     if proxy or subject.ringway is None:
         raise NotMeasurable("measured with direct:// only")
     workers = ("--workers", "2") if placement == "pipeline" else ()
-    ringway, prefix = topology.start_gateway("-p", "direct://", "--placement", placement, *workers)
+    ringway, prefix = topology.start_gateway("-p", "direct://", "--placement", placement, *workers, *subject.flags)
     return Subject(subject.name, prefix, ringway=ringway)
 
 
@@ -278,6 +340,7 @@ MEASURES: Final[tuple[Measure, ...]] = (
     Measure("udp-1400", "per_second", "1/s", _udp_rate(1400)),
     Measure("lan-up", "gbit_s", "Gbit/s", _iperf(lan=True), 0.15),
     Measure("lan-down", "gbit_s", "Gbit/s", _iperf("-R", lan=True), 0.15),
+    *_link_rows(),
     Measure("idle", "pss_mb", "MB", _idle, 60.0, lower_is_better=True, absolute=True),
     Measure("idle-5000", "kb_each", "KB", _idle_connections, 12.0, lower_is_better=True, absolute=True),
 )

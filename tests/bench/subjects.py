@@ -3,12 +3,13 @@
 | subject | the way from client to target |
 | --- | --- |
 | direct | the kernel forwards |
+| direct-bbr | the same, and the link rows' senders use BBR instead of CUBIC; it has no other rows |
 | socks-PROXY | the client speaks SOCKS to the proxy: iperf3 and wrk under proxychains4, the others by themselves |
 | ringway, ringway-single | the gateway, whose workers connect themselves (`-p direct://`): no proxy's speed is in it |
 | ringway-PROXY, ringway-PROXY-single | the gateway in front of the proxy |
 
 PROXY is `embedded` (`ringway proxy`), `dante` or `microsocks` (which has no UDP). Without `-single` the placement is
-`pipeline`.
+`pipeline`. A `+` at the end stands for the flags of `--flags`, which that gateway gets besides.
 
 proxychains4 is a preloaded library that does the handshake inside connect() and then leaves the socket alone, so bytes
 flow as they do for a program with SOCKS built in. It blocks during the handshake, which is why the connection row has a
@@ -17,6 +18,7 @@ client of ours.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from tests.bench.topology import DIRECT_PREFIX, PREFIX, Topology
@@ -26,8 +28,8 @@ from tests.peers import find
 
 PROXIES: Final[dict[str, Peer]] = {"embedded": EMBEDDED, "dante": DANTE, "microsocks": MICROSOCKS}
 DEFAULT: Final = (
-    "direct", "ringway", "ringway-single", "socks-embedded", "ringway-embedded", "ringway-embedded-single",
-    "socks-dante", "ringway-dante", "ringway-dante-single",
+    "direct", "direct-bbr", "ringway", "ringway-single", "socks-embedded", "ringway-embedded",
+    "ringway-embedded-single", "socks-dante", "ringway-dante", "ringway-dante-single",
 )  # fmt: skip
 
 
@@ -44,6 +46,8 @@ class Subject:
     proxy: str = ""  #: ADDRESS:PORT that the client itself speaks SOCKS to
     has_udp: bool = True
     ringway: Ringway | None = None
+    flags: Sequence[str] = ()  #: of the gateway, beyond those that its name stands for
+    congestion: str = ""  #: congestion control that the senders ask for, "" for the namespace's own
     wrapper: Sequence[str] = field(default_factory=tuple)  #: what stands before a program that cannot speak SOCKS
 
     @property
@@ -58,15 +62,22 @@ class Subject:
 class Subjects:
     """Makes subjects by name, with the proxies that they share."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, flags: Sequence[str] = ()) -> None:
+        """`flags` are those of the subjects that end with `+`."""
         self._topology = topology
+        self._flags = tuple(flags)
         self._proxies: dict[str, RunningPeer] = {}
 
     def make(self, name: str) -> Subject:
         """Start what the subject needs and return it; raises NotMeasurable, or ValueError for an unknown name."""
         kind, placement, proxy = parse(name)
         if kind == "direct":
-            subject = Subject(name, PREFIX.format(DIRECT_PREFIX))
+            congestion = "bbr" if proxy else ""
+            with self._topology.net.inside():
+                available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+            if congestion and congestion not in available:
+                raise NotMeasurable(f"this kernel has no {congestion}")
+            subject = Subject(name, PREFIX.format(DIRECT_PREFIX), congestion=congestion)
         elif kind == "socks":
             running = self._proxy(proxy)
             address = f"{running.host}:{PORT}"
@@ -78,8 +89,9 @@ class Subjects:
             if proxy:
                 running = self._proxy(proxy)
                 url, has_udp = running.url, running.peer.udp
-            ringway, prefix = self._topology.start_gateway("-p", url, "--placement", placement)
-            subject = Subject(name, prefix, has_udp=has_udp, ringway=ringway)
+            flags = self._flags if name.endswith("+") else ()
+            ringway, prefix = self._topology.start_gateway("-p", url, "--placement", placement, *flags)
+            subject = Subject(name, prefix, has_udp=has_udp, ringway=ringway, flags=flags)
         self._topology.echo_udp_on(subject.target)
         return subject
 
@@ -105,15 +117,15 @@ class Subjects:
 
 
 def parse(name: str) -> tuple[str, str, str]:
-    """Take a subject's name apart: kind, placement, proxy ("" for none)."""
-    kind, *rest = name.split("-")
+    """Take a subject's name apart: kind, placement, proxy ("" for none; "bbr" for direct-bbr)."""
+    kind, *rest = name.removesuffix("+").split("-")
     placement = "pipeline"
     if kind == "ringway" and rest and rest[-1] == "single":
         placement = "single"
         rest = rest[:-1]
     proxy = rest[0] if rest else ""
-    known = kind in ("direct", "socks", "ringway") and len(rest) <= 1 and (not proxy or proxy in PROXIES)
-    if not known or (kind == "direct" and proxy) or (kind == "socks" and not proxy):
+    after = {"direct": ("", "bbr"), "socks": tuple(PROXIES), "ringway": ("", *PROXIES)}
+    if proxy not in after.get(kind, ()) or len(rest) > 1 or (name.endswith("+") and kind != "ringway"):
         allowed = ", ".join([*DEFAULT, "socks-microsocks", "ringway-microsocks", "ringway-microsocks-single"])
         raise ValueError(f"no subject {name!r}; allowed are {allowed}")
     return kind, placement, proxy

@@ -74,7 +74,7 @@ class Results:
         ratio = f"{statistics.median(ratios):.2f}" if ratios and subject != "direct" else ""
         floor = ""
         # The floors are for workers that connect themselves: in the other rows the proxy's speed is part of the figure.
-        if measure.floor is not None and subject in ("ringway", "ringway-single"):
+        if measure.floor is not None and subject.removesuffix("+") in ("ringway", "ringway-single"):
             judged = middle if measure.absolute else (statistics.median(ratios) if ratios else None)
             if judged is not None:
                 reached = judged <= measure.floor if measure.lower_is_better else judged >= measure.floor

@@ -4,15 +4,18 @@
     │ lan rows  │   │ all other client programs    │   │ the gateway's processes│   │ proxies 10.77.0.2 …          │
     │  10.4.0.2 ├───┤10.4.0.1   10.1.0.1 (veth)    ├───┤10.1.0.2     10.77.0.1  ├───┤ iperf3, nginx, echoes on     │
     └───────────┘   │ 203.0.96.0/24  → 10.1.0.2    │   │ forwards (`direct`)    │   │ 203.0.0.0/16, all of it      │
-                    │ 203.0.97.0/24  → TUN rw1 ─ ─ ┼ ─ ┤ ─ fd of rw1, rw2, …    │   │                              │
-                    │ 203.0.98.0/24  → TUN rw2 ─ ─ ┼ ─ ┤                        │   │                              │
-                    └──────────────────────────────┘   └────────────────────────┘   └──────────────────────────────┘
+    ┌ far ──────┐   │ 203.0.97.0/24  → TUN rw1 ─ ─ ┼ ─ ┤ ─ fd of rw1, rw2, …    │   │                              │
+    │ link rows │   │ 203.0.98.0/24  → TUN rw2 ─ ─ ┼ ─ ┤                        │   │                              │
+    │  10.9.0.1 ├─≈─┤10.9.0.2                      │   │                        │   │                              │
+    └───────────┘   └──────────────────────────────┘   └────────────────────────┘   └──────────────────────────────┘
 
 The prefix of the target's address chooses the way. `direct` is the kernel alone: the namespace in the middle forwards
 between its two veth links, with all of veth's offloads. For every gateway measured there is a TUN of its own, made in
 `client` and handed as a descriptor to the processes in `gateway`, whose own connections then leave like anybody's, with
 no mark or rule. All gateways run at once, and all but the measured one are idle. MTU 1500 everywhere; the kernel's
-default TCP buffers.
+default TCP buffers, and CUBIC wherever the machine allows it. `far` lies behind a bad link (tests/netns/link.py), which
+is made anew for each figure and crossed by every subject: for `direct` it lies between two kernels, for a gateway
+between the client's kernel and the gateway's own TCP.
 """
 
 import contextlib
@@ -20,11 +23,13 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from gateway.addresses import QUEUE_LENGTH
 from tests.netns.daemon import Ringway
+from tests.netns.link import B4, NAME, Link
 from tests.netns.peers import RunningPeer
 from tests.netns.tun import open_tun
 from tests.netns.world import Namespace, eventually, veth
@@ -33,7 +38,7 @@ from tests.peers import find
 MTU: Final = 1500
 PREFIX: Final = "203.0.{}"
 DIRECT_PREFIX: Final = 96  #: 203.0.96.0/24 goes through the kernel alone
-IPERF_PORT, HTTP_PORT, TCP_ECHO_PORT, UDP_ECHO_PORT, HOLD_PORT = 5201, 8080, 7001, 7002, 7003
+IPERF_PORT, HTTP_PORT, TCP_ECHO_PORT, UDP_ECHO_PORT, HOLD_PORT, BULK_PORT = 5201, 8080, 7001, 7002, 7003, 7004
 
 _NGINX: Final = """
 daemon off;
@@ -62,9 +67,9 @@ class Topology:
         self._tuns = 0
         self._echoes: set[str] = set()
         try:
-            self.lan, self.client, self.gateway, self.net = (
+            self.lan, self.far, self.client, self.gateway, self.net = (
                 self._closing.enter_context(contextlib.closing(Namespace(name)))
-                for name in ("lan", "client", "gateway", "net")
+                for name in ("lan", "far", "client", "gateway", "net")
             )
             self._wire()
             self._serve()
@@ -83,18 +88,21 @@ class Topology:
         )  # fmt: skip
         self.gateway.ip(
             "addr add 10.1.0.2/24 dev client0", "addr add 10.77.0.1/24 dev net0", "route add 10.4.0.0/24 via 10.1.0.1",
-            "route add 203.0.0.0/16 via 10.77.0.2",
+            "route add 10.9.0.0/24 via 10.1.0.1", "route add 203.0.0.0/16 via 10.77.0.2",
         )  # fmt: skip
         self.net.ip(
             *(f"addr add 10.77.0.{host}/24 dev gw0" for host in range(2, 8)),
             "addr add fd00:77::2/64 dev gw0 nodad",
             "route add 10.1.0.0/24 via 10.77.0.1",
             "route add 10.4.0.0/24 via 10.77.0.1",
+            "route add 10.9.0.0/24 via 10.77.0.1",
             "route add local 203.0.0.0/16 dev lo",
         )
         for namespace in (self.client, self.gateway):
             namespace.sysctl("net/ipv4/ip_forward", 1)
-        for namespace in (self.lan, self.client, self.gateway, self.net):
+        for namespace in (self.lan, self.far, self.client, self.gateway, self.net):
+            # Else a connection begins with the ssthresh that the last one to this address, over another link, came to.
+            namespace.sysctl("net/ipv4/tcp_no_metrics_save", 1)
             # Thousands of connections a second leave that many TIME-WAITs; none may be the limit.
             namespace.sysctl("net/ipv4/tcp_max_tw_buckets", 1 << 18)
             namespace.sysctl("net/ipv4/tcp_max_syn_backlog", 16384)
@@ -136,6 +144,15 @@ class Topology:
         self._closing.callback(_end, process)
         return process
 
+    @contextlib.contextmanager
+    def running(self, namespace: Namespace, argv: list[str]) -> "Iterator[subprocess.Popen[bytes]]":
+        """Start a program whose output matters, and end it with the `with` block."""
+        process = namespace.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            _end(process)
+
     def proxy(self, peer: RunningPeer) -> RunningPeer:
         return self._closing.enter_context(peer)
 
@@ -163,6 +180,14 @@ class Topology:
             os.close(fd)
         self.client.ip(f"route add {prefix}.0/24 dev {name}")
         return ringway, prefix
+
+    @contextlib.contextmanager
+    def bad_link(self, loss: float, round_trip: float) -> Iterator[None]:
+        """Connect `far`: `loss` is a share of the segments each way, `round_trip` the seconds of both ways together."""
+        way = {"loss": loss, "delay": round_trip / 2}
+        with Link(self.far, self.client, way, way):
+            self.far.ip(f"route add default via {B4} dev {NAME}")
+            yield
 
     def __enter__(self) -> "Topology":
         return self

@@ -4,6 +4,8 @@ Servers (until killed):      tcp-echo PORT · udp-echo ADDRESS PORT · hold PORT
 Clients (print one JSON):    ping-pong tcp|udp ADDRESS PORT SECONDS · connections PREFIX PORT SECONDS CONCURRENCY
                              udp-rate ADDRESS PORT SIZE STEP_SECONDS
                              idle ADDRESS PORT COUNT (until standard input ends)
+Either side of a link row:   bulk-send ADDRESS PORT STREAMS [CONGESTION] (until killed)
+                             bulk-receive ADDRESS PORT STREAMS SECONDS (prints one JSON); ADDRESS `-` accepts instead
 A client with `--socks HOST:PORT` at the end speaks SOCKS5 itself to that proxy; without, it connects.
 
 They are plain Python on raw sockets, the same for every subject, so that their own cost, which the two cores carry too,
@@ -348,6 +350,69 @@ def idle(address: str, port: int, count: int, proxy: "tuple[str, int] | None") -
     sys.stdin.read()
 
 
+# -- either side of a link row --
+
+
+def streams_of(address: str, port: int, count: int, congestion: str = "") -> "list[socket.socket]":
+    """Open or, with the address `-`, accept that many connections."""
+    if address == "-":
+        listener = _listen(port)
+        print("ready", flush=True)
+        ends = [listener.accept()[0] for _ in range(count)]
+    else:
+        # With 5 % lost each way a SYN needs a second try now and then, but not ten.
+        ends = [socket.create_connection((address, port), 20) for _ in range(count)]
+    for end in ends:
+        end.settimeout(None)
+        if congestion:
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+    return ends
+
+
+def bulk_send(address: str, port: int, count: int, congestion: str = "") -> None:
+    """Send on all streams, each from a thread of its own, until killed."""
+
+    def send(end: socket.socket) -> None:
+        block = bytes(128 << 10)
+        try:
+            while True:
+                end.sendall(block)
+        except OSError:
+            pass  # the receiver has seen enough
+
+    senders = [Thread(target=send, args=(end,)) for end in streams_of(address, port, count, congestion)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
+
+
+def bulk_receive(address: str, port: int, count: int, seconds: float) -> "dict[str, float]":
+    """Count what arrives on all streams in `seconds`, from when the last of them has begun."""
+    poll = select.epoll()
+    ends = {end.fileno(): end for end in streams_of(address, port, count)}
+    for fd in ends:
+        poll.register(fd, select.EPOLLIN)
+    buffer = bytearray(1 << 18)
+    silent = set(ends)
+    clock = time.monotonic
+    give_up_at = clock() + 20
+    received, finish_at = 0, 0.0
+    while not finish_at or clock() < finish_at:
+        for fd, _ in poll.poll(0.05):
+            length = ends[fd].recv_into(buffer)
+            if not length:
+                raise ConnectionError("a stream ended early")
+            silent.discard(fd)
+            if finish_at:
+                received += length
+        if not finish_at and (not silent or clock() > give_up_at):
+            if len(silent) == len(ends):
+                raise ConnectionError("nothing arrives")
+            finish_at = clock() + seconds
+    return {"bytes_per_second": received / (clock() - finish_at + seconds)}
+
+
 def main(arguments: "list[str]") -> None:
     proxy = None
     if "--socks" in arguments:
@@ -370,6 +435,10 @@ def main(arguments: "list[str]") -> None:
         print(json.dumps(udp_rate(rest[0], int(rest[1]), int(rest[2]), float(rest[3]), proxy)))
     elif what == "idle":
         idle(rest[0], int(rest[1]), int(rest[2]), proxy)
+    elif what == "bulk-send":
+        bulk_send(rest[0], int(rest[1]), int(rest[2]), *rest[3:])
+    elif what == "bulk-receive":
+        print(json.dumps(bulk_receive(rest[0], int(rest[1]), int(rest[2]), float(rest[3]))))
     else:
         sys.exit(f"no such program: {what}")
 
