@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from gateway.keys import BY_NAME, KEYS, Key
-from gateway.proxyurl import MAX_CREDENTIAL, ConfigError, ProxyUrl, parse_proxy
+from gateway.proxyurl import MAX_CREDENTIAL, WITHOUT_PROXY, ConfigError, ProxyUrl, parse_proxy
 
 __all__ = ["Config", "ConfigError", "ProxyUrl", "control_directories", "control_path", "load", "parse_proxy"]
 
@@ -223,7 +223,7 @@ def _neighbour(
 def _settle_password(given: dict[str, Any], layers: list[dict[str, Any]], env: Mapping[str, str]) -> None:
     """Put the password that counts into the proxy's URL: the highest layer that has one; within a layer, the URL's."""
     proxy = parse_proxy(given.get("proxy", Config().proxy))
-    if proxy.scheme == "direct":
+    if proxy.scheme in WITHOUT_PROXY:
         return
     flags, environment, file = layers
     named_above = False  # the URL stands in a higher layer than the one looked at
@@ -260,7 +260,7 @@ def _with_password(proxy: ProxyUrl, password: str, where: str) -> ProxyUrl:
         raise ConfigError(f"{where} holds a password, but proxy names no user: write {proxy.scheme}://USER@HOST:PORT")
     if len(password.encode()) > MAX_CREDENTIAL:
         raise ConfigError(f"{where} holds a password of more than {MAX_CREDENTIAL} bytes")
-    return msgspec.structs.replace(proxy, password=password)
+    return parse_proxy(msgspec.structs.replace(proxy, password=password).url())
 
 
 def _first_line(name: str, where: str) -> str:

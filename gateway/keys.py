@@ -239,8 +239,10 @@ def _duration(name: str, help_: str) -> Key:
 KEYS: Final[tuple[Key, ...]] = (
     Key(
         "proxy",
-        "Where traffic leaves: socks5://user:pass@host:port (percent-encoded), socks5h://… or direct://.",
-        "socks5://[USER[:PASSWORD]@]HOST[:PORT], socks5h://… or direct://",
+        "Where traffic leaves: socks5://user:pass@host:port (percent-encoded), socks4://user@…, socks4a://…, http://… "
+        "(CONNECT), direct:// (no proxy) or reject:// (nowhere).",
+        "socks5://[USER[:PASSWORD]@]HOST[:PORT], socks5h://…, socks4://[USER@]…, socks4a://…, http://…, direct:// or "
+        "reject://",
         _proxy,
         "URL",
         ("-p", "--local-socks-addr"),

@@ -1,4 +1,4 @@
-"""What `--proxy` may say, taken apart: `socks5://user:pass@host:port`, `socks5h://…`, `direct://`.
+"""What `--proxy` may say, taken apart: `socks5://user:pass@host:port`, `http://…`, `direct://` and their like.
 
 A message never repeats the whole URL, because the URL may hold a password.
 """
@@ -10,30 +10,16 @@ from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
-SCHEMES: Final = ("socks5", "socks5h", "direct")
-DEFAULT_PORT: Final = 1080  # RFC 1928, section 3
+#: scheme → port where the URL names none: RFC 1928, 3, and RFC 9110, 4.2.1
+SCHEMES: Final = {"socks5": 1080, "socks5h": 1080, "socks4": 1080, "socks4a": 1080, "http": 80}
+#: nobody is asked: each target itself, or nothing
+WITHOUT_PROXY: Final = ("direct", "reject")
 
 # What the programs that people come from understand, so that the answer can be "not yet" instead of "what?".
 _KNOWN_ELSEWHERE: Final = frozenset(
-    (
-        "socks",
-        "socks4",
-        "socks4a",
-        "http",
-        "https",
-        "ss",
-        "ssh",
-        "relay",
-        "reject",
-        "trojan",
-        "vmess",
-        "vless",
-        "tls",
-        "ws",
-        "wss",
-    )
+    ("socks", "https", "ss", "ssh", "relay", "trojan", "vmess", "vless", "tls", "ws", "wss")
 )
-_ALLOWED: Final = "allowed are socks5://, socks5h:// and direct://"
+_ALLOWED: Final = "allowed are socks5://, socks5h://, socks4://, socks4a://, http://, direct:// and reject://"
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _HOST_NAME: Final = re.compile(
     r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?"
@@ -67,8 +53,8 @@ class ProxyUrl(msgspec.Struct, frozen=True):
         return self._text(with_password=True)
 
     def _text(self, *, with_password: bool) -> str:
-        if self.scheme == "direct":
-            return "direct://"
+        if self.scheme in WITHOUT_PROXY:
+            return f"{self.scheme}://"
         who = quote(self.username, safe="")
         if self.password and with_password:
             who += ":" + quote(self.password, safe="")
@@ -77,24 +63,37 @@ class ProxyUrl(msgspec.Struct, frozen=True):
 
 
 def parse_proxy(url: str) -> ProxyUrl:
-    """Take a proxy URL apart; the scheme defaults to socks5, the port to 1080. Raises ConfigError."""
+    """Take a proxy URL apart; the scheme defaults to socks5, the port to its scheme's. Raises ConfigError."""
     text = url.strip()
     match = _SCHEME.match(text)
     scheme = match[1].lower() if match else "socks5"
     rest = text[match.end() :] if match else text
+    rest = rest.removesuffix("/")
+    if scheme in WITHOUT_PROXY:
+        if rest:
+            raise ConfigError(f"{scheme}:// takes no address: write {scheme}:// alone")
+        return ProxyUrl(scheme)
     if scheme not in SCHEMES:
         if scheme in _KNOWN_ELSEWHERE:
             raise ConfigError(f"{scheme}:// is not supported yet: {_ALLOWED}")
         raise ConfigError(f"unknown scheme {scheme}://: {_ALLOWED}")
-    rest = rest.removesuffix("/")
-    if scheme == "direct":
-        if rest:
-            raise ConfigError("direct:// takes no address: write direct:// alone")
-        return ProxyUrl("direct")
     credentials, at, address = rest.rpartition("@")
     username, password = _credentials(credentials) if at else ("", "")
     host, port = _address(address)
-    return ProxyUrl(scheme, host, port, username, password)
+    proxy = ProxyUrl(scheme, host, port or SCHEMES[scheme], username, password)
+    _check_credentials(proxy)
+    return proxy
+
+
+def _check_credentials(proxy: ProxyUrl) -> None:
+    """Refuse what the protocol of the scheme cannot say."""
+    if proxy.scheme in ("socks4", "socks4a"):
+        if proxy.password:
+            raise ConfigError(f"{proxy.scheme} has a user id but no password: write {proxy.scheme}://USER@HOST:PORT")
+        if "\0" in proxy.username:
+            raise ConfigError("the user id holds a zero byte, which ends it in SOCKS4")
+    if proxy.scheme == "http" and ":" in proxy.username:
+        raise ConfigError("the user name holds a colon, which ends it in HTTP (RFC 7617)")
 
 
 def _credentials(text: str) -> tuple[str, str]:
@@ -116,6 +115,7 @@ def _credentials(text: str) -> tuple[str, str]:
 
 
 def _address(text: str) -> tuple[str, int]:
+    """Return host and port, 0 where it names none."""
     if text.startswith("["):
         host, bracket, tail = text[1:].partition("]")
         if not bracket or not _is_ipv6(host) or (tail and not tail.startswith(":")):
@@ -134,9 +134,9 @@ def _address(text: str) -> tuple[str, int]:
         elif not _is_host(host):
             raise ConfigError(f"{host!r} is neither an address nor a host name: write HOST:PORT")
     if tail and not port:
-        raise ConfigError("no port follows the colon: write HOST:PORT or HOST alone for port 1080")
+        raise ConfigError("no port follows the colon: write HOST:PORT, or HOST alone for the usual port")
     if not port:
-        return host, DEFAULT_PORT
+        return host, 0
     if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
         raise ConfigError(f"port {port!r}: allowed is a number from 1 to 65535")
     return host, int(port)

@@ -3,7 +3,7 @@
 import ipaddress
 from typing import TYPE_CHECKING, Final
 
-from gateway.proxyurl import ProxyUrl, parse_proxy
+from gateway.proxyurl import WITHOUT_PROXY, ProxyUrl, parse_proxy
 from workers.settings import Settings
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def has_ipv6(config: "Config", mtu: int) -> bool:
 
 def proxy_name(proxy: ProxyUrl) -> str:
     """Return host:port for logs; "" for direct://."""
-    if proxy.scheme == "direct":
+    if proxy.scheme in WITHOUT_PROXY:
         return ""
     host = f"[{proxy.host}]" if ":" in proxy.host else proxy.host
     return f"{host}:{proxy.port}"

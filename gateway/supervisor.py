@@ -33,7 +33,7 @@ from gateway.privileges import (
     probe_upstream_rights,
 )
 from gateway.process import Child, Process, Rights, Role, Setup, fork_child, make_processes, roles_for
-from gateway.proxyurl import parse_proxy
+from gateway.proxyurl import WITHOUT_PROXY, parse_proxy
 from gateway.resolve import Addresses, NameLookup
 from gateway.settings import has_ipv6, proxy_name, settings_from
 from gateway.tree import ProcessTree, printable
@@ -99,7 +99,7 @@ class Supervisor:
             self._device = open_device(config.device, mtu=config.mtu, offloads=config.offloads)
             undo.callback(self._device.close)
             self._open_control(undo)
-            if self._proxy.scheme != "direct":
+            if self._proxy.scheme not in WITHOUT_PROXY:
                 self._begin_lookup(undo)
             self._configure_device()
             self._make_tree()

@@ -104,7 +104,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         ("tun-dns = [1]", "tun-dns = [1]: allowed is IP addresses"),
         ('udp-timeout = "soon"', "udp-timeout = 'soon': allowed is a time above 0"),
         ("udp-timeout = inf", "udp-timeout = inf: allowed is a time above 0"),
-        ('proxy = "http://u:secret@h"', "proxy: http:// is not supported yet: allowed are socks5://"),
+        ('proxy = "https://u:secret@h"', "proxy: https:// is not supported yet: allowed are socks5://"),
     ],
 )
 def test_errors_in_a_file_name_file_key_and_what_is_allowed(tmp_path: Path, line: str, sentence: str) -> None:
@@ -216,6 +216,11 @@ def test_single_placement_has_one_worker() -> None:
         ("socks5://user:p%40ss%3A%2F@h:1", ProxyUrl("socks5", "h", 1, "user", "p@ss:/")),
         ("user:pa:ss@h", ProxyUrl("socks5", "h", 1080, "user", "pa:ss")),
         ("direct://", ProxyUrl("direct")),
+        ("reject://", ProxyUrl("reject")),
+        ("socks4://me@h", ProxyUrl("socks4", "h", 1080, "me")),
+        ("SOCKS4A://h:9/", ProxyUrl("socks4a", "h", 9)),
+        ("http://u:p%3A@h", ProxyUrl("http", "h", 80, "u", "p:")),
+        ("http://[::1]:3128", ProxyUrl("http", "::1", 3128)),
     ],
 )
 def test_proxy_urls(url: str, proxy: ProxyUrl) -> None:
@@ -226,7 +231,7 @@ def test_proxy_urls(url: str, proxy: ProxyUrl) -> None:
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("http://h", "http:// is not supported yet: allowed are socks5://, socks5h:// and direct://"),
+        ("https://h", "https:// is not supported yet: allowed are socks5://, socks5h://, socks4://"),
         ("ss://h", "ss:// is not supported yet"),
         ("sock5://h", "unknown scheme sock5://"),
         ("socks5://", "no host"),
@@ -246,6 +251,10 @@ def test_proxy_urls(url: str, proxy: ProxyUrl) -> None:
         ("u:%ff@h", "the password is not UTF-8"),
         ("u:" + "x" * 256 + "@h", "the password has 256 bytes"),
         ("direct://h", "direct:// takes no address"),
+        ("reject://h", "reject:// takes no address"),
+        ("socks4://u:secret@h", "socks4 has a user id but no password: write socks4://USER@HOST:PORT"),
+        ("socks4a://u%00@h", "the user id holds a zero byte"),
+        ("http://u%3Av:secret@h", "the user name holds a colon"),
     ],
 )
 def test_proxy_urls_that_are_none(url: str, sentence: str) -> None:

@@ -346,7 +346,8 @@ class Proxy:
     def __init__(self, reply=0, tail=b"", **settings):
         self.listening = listener()
         self.reply = bytes([5, reply, 0, 1]) + bytes(6) + tail
-        self.one = OneWorker(scheme="socks5", proxy_addresses=[self.listening.getsockname()], **settings)
+        settings = {"scheme": "socks5", "proxy_addresses": [self.listening.getsockname()], **settings}
+        self.one = OneWorker(**settings)
 
     def serve(self, client, piece=1000):
         """Take the client's connection through the handshake; returns the proxy's socket and the request."""
@@ -412,6 +413,91 @@ def test_a_proxy_that_is_none(garbage):
         upstream.close()
         assert client.answer().flags == RST | ACK
         assert not proxy.one.table
+
+
+class OtherProxy(Proxy):
+    """A proxy by hand that is asked once and answers once."""
+
+    def __init__(self, scheme, answer, **settings):
+        super().__init__(scheme=scheme, **settings)
+        self.answer = answer
+
+    def answer_once(self, client, octets):
+        client.syn()
+        upstream, _ = self.listening.accept()
+        upstream.setblocking(False)
+        request = received(self.one, upstream, octets)
+        upstream.sendall(self.answer)
+        return upstream, request
+
+
+HTTP_REQUEST = b"CONNECT 192.0.2.7:25 HTTP/1.1\r\nHost: 192.0.2.7:25\r\n\r\n"
+SOCKS4_REQUEST = b"\x04\x01\x00\x19\xc0\x00\x02\x07me\x00"
+OTHERS = [
+    ("http", HTTP_REQUEST, b"HTTP/1.1 200 Connection established\r\nX: " + b"y" * 1000 + b"\r\n\r\n", {}),
+    ("socks4", SOCKS4_REQUEST, b"\x00\x5a" + bytes(6), {"username": "me"}),
+    ("socks4a", SOCKS4_REQUEST, b"\x00\x5a" + bytes(6), {"username": "me"}),
+]
+
+
+@pytest.mark.parametrize(("scheme", "request_", "answer", "settings"), OTHERS)
+def test_other_kinds_of_proxy(scheme, request_, answer, settings):
+    with closing(OtherProxy(scheme, answer + b"220 hello\r\n", **settings)) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 25))
+        upstream, request = proxy.answer_once(client, len(request_))
+        with upstream:
+            assert request == request_
+            assert client.answer().flags == SYN | ACK
+            client.acknowledge()
+            assert client.read(11) == b"220 hello\r\n"
+            client.push(b"EHLO")
+            assert received(proxy.one, upstream, 4) == b"EHLO"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "expected"),
+    [
+        ("http", b"HTTP/1.1 403 Filtered\r\n\r\n<html>", (3, 13)),
+        ("http", b"HTTP/1.1 503 No\r\n\r\n", (3, 1)),
+        ("http", b"HTTP/1.1 407 No\r\n\r\n", None),
+        ("http", b"SSH-2.0-OpenSSH\r\n", None),
+        ("socks4", b"\x00\x5b" + bytes(6), None),
+        ("socks4", b"\x00\x5d" + bytes(6), (3, 13)),
+    ],
+)
+def test_refusals_of_other_kinds(scheme, answer, expected):
+    with closing(OtherProxy(scheme, answer)) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 80))
+        upstream, _ = proxy.answer_once(client, 9)
+        with upstream:
+            answer = client.answer()
+            if expected is None:
+                assert (answer.flags, answer.ack) == (RST | ACK, client.nxt)
+            else:
+                icmp = dpkt.ip.IP(answer.packet).data
+                assert (icmp.type, icmp.code) == expected
+            assert not proxy.one.table
+
+
+def test_socks4_has_no_ipv6_and_nobody_is_asked():
+    with closing(Proxy(scheme="socks4")) as proxy:
+        client = RawClient(proxy.one, ("2001:db8::1", 80))
+        client.syn()
+        assert dpkt.ip6.IP6(client.answer().packet).data.type == 1  # destination unreachable
+        assert not proxy.one.table
+        proxy.listening.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            proxy.listening.accept()
+
+
+def test_reject_resets_whatever_comes(version):
+    with closing(OneWorker(scheme="reject")) as one:
+        client = RawClient(one, ("192.0.2.7" if version == 4 else "2001:db8::1", 80))
+        client.syn()
+        answer = client.answer()
+        assert (answer.flags, answer.ack) == (RST | ACK, client.nxt)
+        assert one.counted(counts.TCP_REFUSED) == 1
+        assert not one.table
 
 
 def test_a_silent_proxy_is_given_up():

@@ -383,3 +383,19 @@ def test_answers_reach_the_right_client(shard):
     assert sorted((each[3], each[4]) for frame in shard.sent for each in datagrams(frame)) == [
         (sport, b"%d" % sport) for sport in range(2000, 2020)
     ]
+
+
+@pytest.mark.parametrize(("scheme", "question"), [("http", True), ("socks4", True), ("reject", False)])
+def test_kinds_without_udp_say_so_at_once(scheme, question):
+    """Nobody is asked for an association; a question to port 53 goes over TCP, unless everything is rejected."""
+    shard = Shard(scheme=scheme, proxy_addresses=[("127.0.0.1", 9)])
+    shard.udp = Udp(shard)
+    shard.receive(udp_packet(b"quic", dport=443))
+    [sent] = shard.sent
+    assert unreachable(sent)[:2] == (3, 3)
+    shard.sent.clear()
+    shard.receive(udp_packet(b"\x12\x34\x01\0\0\1\0\0\0\0\0\0\1x\0\0\1\0\1", dport=53))
+    assert shard.counted(counts.DNS_OVER_TCP_QUERIES) == question
+    if not question:
+        assert unreachable(shard.sent[0])[:2] == (3, 3)
+    shard.close()

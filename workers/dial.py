@@ -1,6 +1,6 @@
 """Dial: a SYN that waits until the proxy has connected.
 
-    SYN ─► connect ─► SOCKS handshake ─► Relay, which sends the SYN-ACK
+    SYN ─► connect ─► handshake ─► Relay, which sends the SYN-ACK
                  └───────────┴─────────► refused: RST or ICMP, as a host or router would have sent (`REFUSALS`)
 
 Until then nothing is answered: a SYN-ACK would tell health checks and happy eyeballs that every port of the world is
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from workers import counts, icmp
 from workers.relay import RESET_ON_CLOSE, Relay
-from workers.socks.client import SocksHandshake
+from workers.socks.handshake import Handshake
 from workers.socks.wire import CONNECT, ProtocolError
 from workers.tcp.connection import Connection
 from workers.tcp.segment import RST, Segment
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workers.flows import TcpFlows
 
 EVERYTHING: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
-ANSWER: Final = 512  #: octets; a SOCKS answer is at most 262, and what a server says first may be right behind it
+ANSWER: Final = 512  #: octets; most answers are shorter, and what a server says first may be right behind them
 RESET: Final = -1  #: a refusal that is an RST
 
 #: REP code (RFC 1928, 6) → what the client is told; others: RST
@@ -51,7 +51,7 @@ class Dial:
         self.key = key
         self.packet = packet
         self._syn = syn
-        self._handshake: SocksHandshake | None = None
+        self._handshake: Handshake | None = None
         self._socket: socket.socket | None = None
 
     def start(self, now: float) -> None:
@@ -66,14 +66,14 @@ class Dial:
         port = key[-2] << 8 | key[-1]
         if upstream.direct:
             target = (socket.inet_ntop(family, host), port)
-        elif upstream.proxy is None:
-            self._enter_table()
-            flows.refuse(self, RESET, now)
-            return
         else:
+            self._handshake = handshake = upstream.handshake(CONNECT, host, port)
+            if upstream.proxy is None or handshake.done:  # nobody to ask, or nothing that it could be asked for
+                self._enter_table()
+                flows.refuse(self, REFUSALS.get(handshake.reply, RESET), now)
+                return
             target = upstream.proxy
             family = upstream.proxy_family
-            self._handshake = SocksHandshake(CONNECT, host, port, flows.username, flows.password)
         self._socket = opened = upstream.open(family, socket.SOCK_STREAM)
         self._enter_table()
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

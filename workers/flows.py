@@ -95,9 +95,6 @@ class TcpFlows:
         self.handlers = worker.handlers
         self.watch = worker.watch
         self.forget_descriptor = worker.forget
-        self._report = worker.report
-        self.username = settings.username
-        self.password = settings.password
         self.mss4 = settings.mtu - 40
         self.mss6 = settings.mtu - 60
         self.table: dict[bytes, Flow] = {}
@@ -116,7 +113,6 @@ class TcpFlows:
         self._secret = os.urandom(16)
         self._sweep_at = inf
         self._retry_at = inf  #: when the starved look for a frame again, if no completion wakes them before
-        self._protocol_error = ""
 
     # ── frames ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -319,12 +315,8 @@ class TcpFlows:
         dial.cancel()
 
     def protocol_error(self, error: ProtocolError) -> None:
-        """Count what a proxy answered that is not SOCKS, or that refuses us; each kind is reported once in a row."""
-        refused = error.reason in ("method-refused", "password-refused")
-        self.count[counts.PROXY_AUTH_FAILED if refused else counts.PROXY_PROTOCOL_ERRORS] += 1
-        if error.reason != self._protocol_error:
-            self._protocol_error = error.reason
-            self._report({"event": "warning", "text": str(error)})
+        """Count what a proxy answered that is no answer, or that refuses us."""
+        self.count[counts.PROXY_AUTH_FAILED if self.upstream.broken(error) else counts.PROXY_PROTOCOL_ERRORS] += 1
 
     def wait(self, relay_key: bytes, conn: Connection, headers: Headers, now: float) -> None:
         """Put TIME-WAIT in the place of a flow that has ended."""

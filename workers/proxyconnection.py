@@ -1,4 +1,4 @@
-"""ProxyConnection: a TCP connection to the proxy with one SOCKS5 command on it, driven by the worker's loop.
+"""ProxyConnection: a TCP connection to the proxy with one command on it, driven by the worker's loop.
 
 UDP associations hang on one each, and so does each resolver that is asked over TCP. The owner is told:
 
@@ -11,28 +11,27 @@ UDP associations hang on one each, and so does each resolver that is asked over 
 from __future__ import annotations
 
 import socket
-from errno import EINPROGRESS
+from errno import EINPROGRESS, EOPNOTSUPP
 from os import strerror
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from typing import TYPE_CHECKING, Final, Protocol
 
 from workers import counts
-from workers.socks.client import SocksHandshake
-from workers.socks.wire import VERSION, Host, ProtocolError
+from workers.socks.handshake import Handshake
+from workers.socks.wire import REPLY_TEXT, Host, ProtocolError
 
 if TYPE_CHECKING:
     from workers.worker import Worker
 
 # Why a connection was lost
 UNREACHABLE: Final = 0  #: the proxy's host or port does not answer
-GARBAGE: Final = 1  #: it does not speak SOCKS5, or refuses the password
+GARBAGE: Final = 1  #: it does not speak what it should, or refuses the password
 CLOSED_EARLY: Final = 2  #: it closed before the request was sent
 CLOSED_AT_REQUEST: Final = 3  #: it closed instead of a reply: how some servers say "command not supported"
 CLOSED: Final = 4  #: it closed after the success
 
 READ_SIZE: Final = 64 * 1024  # octets of one read; what a resolver may send in one message
 MAX_UNSENT: Final = 256 * 1024  #: octets that may wait for a proxy that does not read
-_AUTHENTICATION_REASONS: Final = ("method-refused", "password-refused")
 
 
 class Owner(Protocol):
@@ -58,7 +57,6 @@ class ProxyConnection:
         "_connecting",
         "_handshake",
         "_owner",
-        "_requested",
         "_socket",
         "_unsent",
         "_worker",
@@ -67,7 +65,8 @@ class ProxyConnection:
     )
 
     def __init__(self, worker: Worker, owner: Owner, command: int, host: Host, port: int) -> None:
-        """Begin to connect. OSError when there is no proxy, no way to it, or no descriptor; nothing is left then.
+        """Begin to connect. OSError when there is no proxy, no way to it, no descriptor, or when a proxy of this kind
+        cannot be asked for that; nothing is left then.
 
         `host` "" stands for zeros of the control connection's family, which UDP ASSOCIATE wants.
         """
@@ -79,15 +78,14 @@ class ProxyConnection:
         self.peer_name = address[0]  #: numeric address of the proxy, with its scope
         #: the same packed
         self.peer = socket.inet_pton(family, address[0].partition("%")[0])
-        settings = worker.settings
-        self._handshake: SocksHandshake | None = SocksHandshake(
-            command, host or bytes(len(self.peer)), port, settings.username, settings.password
-        )
+        handshake = upstream.handshake(command, host or bytes(len(self.peer)), port)
+        if handshake.done:
+            raise OSError(EOPNOTSUPP, f"the proxy cannot be asked: {REPLY_TEXT[handshake.reply]}")
+        self._handshake: Handshake | None = handshake
         self._worker = worker
         self._owner = owner
         self._connecting = True
-        self._requested = False  # the request has gone out
-        self._unsent = self._handshake.first_bytes
+        self._unsent = handshake.first_bytes
         opened = upstream.open(family, socket.SOCK_STREAM)
         try:
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -155,25 +153,24 @@ class ProxyConnection:
                 if handshake is None:
                     self._lose(CLOSED, now)
                 else:
-                    self._lose(CLOSED_AT_REQUEST if self._requested else CLOSED_EARLY, now)
+                    self._lose(CLOSED_AT_REQUEST if handshake.requested else CLOSED_EARLY, now)
                 return
             if self._handshake is None:
                 self._owner.received(data, now)
             elif not self._advance(self._handshake, data, now):
                 return
 
-    def _advance(self, handshake: SocksHandshake, data: bytes, now: float) -> bool:
+    def _advance(self, handshake: Handshake, data: bytes, now: float) -> bool:
         """Take one step of the handshake; False: it failed."""
         try:
             answer = handshake.receive(data)
         except ProtocolError as error:
-            failed = error.reason in _AUTHENTICATION_REASONS
+            failed = self._worker.upstream.broken(error)
             self._worker.count[counts.PROXY_AUTH_FAILED if failed else counts.PROXY_PROTOCOL_ERRORS] += 1
             self._lose(GARBAGE, now)
             return False
         self._worker.upstream.answered()
         if answer:
-            self._requested = answer[0] == VERSION  # credentials begin with a 1
             self._unsent += answer
             self._flush()
         if not handshake.done:

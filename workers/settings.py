@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 class Settings:
     """One for the whole process tree, made by the gateway before it forks the workers."""
 
-    scheme: str  #: of the upstream: "socks5", "socks5h" or "direct"
+    scheme: str  #: of the upstream: one of workers.socks.handshake, "direct" or "reject"
     proxy_name: str = ""  #: host:port as a person wrote it, for logs
     proxy_addresses: list[tuple[str, int]] = field(default_factory=list)  #: resolved (numeric host, port), best first
     username: str | None = None

@@ -1,23 +1,41 @@
-"""Upstream: sockets towards the proxy (or, for direct://, the targets), and whether the proxy is there."""
+"""Upstream: the way out: sockets towards the proxy (or, for direct://, the targets), what is asked of it and how, and
+whether it is there."""
 
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 from workers.settings import Settings
+from workers.socks.client import SocksHandshake
+from workers.socks.handshake import Handshake, Refused
+from workers.socks.http import basic_credentials, http_handshake
+from workers.socks.socks4 import socks4_handshake
+from workers.socks.wire import CONNECTION_REFUSED, Host, ProtocolError
 
 Address = tuple[str, int]
+
+#: reasons of ProtocolError that mean: not with these credentials
+AUTHENTICATION_REASONS: Final = ("method-refused", "password-refused")
 
 
 class Upstream:
     """Makes sockets with the mark and interface of the configuration, and knows which proxy address is in use."""
 
     def __init__(self, settings: Settings, report: Callable[[dict[str, str]], None]) -> None:
-        """`report` takes the events proxy-down and proxy-up for the supervisor."""
-        self.direct = settings.scheme == "direct"
+        """`report` takes the events proxy-down, proxy-up and warning for the supervisor."""
+        scheme = settings.scheme
+        self.direct = scheme == "direct"
+        self.rejects = scheme == "reject"  #: everything is refused, nobody is asked
+        self.associates = scheme in ("socks5", "socks5h")  #: UDP ASSOCIATE is worth asking for
+        #: (command, host, port) → what to say to the proxy; one that is `done` at once has refused without asking.
+        #: ValueError: the host does not fit
+        self.handshake: Callable[[int, Host, int], Handshake] = _handshakes(settings)
         self._mark = settings.fwmark
         self._interface = settings.interface.encode()
         self._report = report
         self._is_down = False
+        self._protocol_error = ""  # the last reason that was reported
         self._addresses: list[Address] = []
         self.proxy: Address | None = None  #: numeric host and port; None = its name is not resolved (or direct)
         self.proxy_family = socket.AF_INET
@@ -63,3 +81,24 @@ class Upstream:
         if self._is_down:
             self._is_down = False
             self._report({"event": "proxy-up"})
+
+    def broken(self, error: ProtocolError) -> bool:
+        """Report what the proxy answered that is no answer, each kind once in a row; True: it refuses us."""
+        if error.reason != self._protocol_error:
+            self._protocol_error = error.reason
+            self._report({"event": "warning", "text": str(error)})
+        return error.reason in AUTHENTICATION_REASONS
+
+
+def _handshakes(settings: Settings) -> Callable[[int, Host, int], Handshake]:
+    """Return what makes the handshakes of a scheme."""
+    scheme = settings.scheme
+    username, password = settings.username, settings.password
+    if scheme in ("socks4", "socks4a"):
+        return partial(socks4_handshake, user=username or "", names=scheme == "socks4a")
+    if scheme == "http":
+        credentials = "" if username is None else basic_credentials(username, password or "")
+        return partial(http_handshake, credentials=credentials)
+    if scheme == "reject":
+        return lambda command, host, port: Refused(CONNECTION_REFUSED)
+    return partial(SocksHandshake, username=username, password=password)

@@ -14,8 +14,9 @@
                                    ◄──       05 REP 00 address  _reply
 
 The state *is* a method; each returns early while bytes are missing. Every answer is awaited before the next
-message goes out: servers that read greedily (gost, microsocks) lose what is pipelined. How the connection
-ends (EOF in the middle, or right after success) is the caller's to see.
+message goes out: servers that read greedily (gost, microsocks) lose what is pipelined; `pipelined` is for those that
+are known not to. A connection that is kept warm stops after method and password (`warm`), until ask() gives it its
+request. How the connection ends (EOF in the middle, or right after success) is the caller's to see.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from workers.socks.wire import (
 )
 
 OFFER_NONE: Final = b"\x05\x01\x00"
+OFFER_PASSWORD: Final = b"\x05\x01\x02"
 OFFER_NONE_AND_PASSWORD: Final = b"\x05\x02\x00\x02"
 
 
@@ -44,14 +46,34 @@ class SocksHandshake:
     the reply (a server may speak first), which belong to the flow.
     """
 
-    __slots__ = ("_credentials", "_held", "_request", "_state", "bound", "done", "first_bytes", "reply", "surplus")
+    __slots__ = (
+        "_credentials",
+        "_held",
+        "_pipelined",
+        "_request",
+        "_state",
+        "bound",
+        "done",
+        "first_bytes",
+        "ready",
+        "reply",
+        "requested",
+        "surplus",
+    )
 
     def __init__(
-        self, command: int, address: Host, port: int, username: str | None = None, password: str | None = None
+        self,
+        command: int,
+        address: Host,
+        port: int,
+        username: str | None = None,
+        password: str | None = None,
+        pipelined: bool = False,
     ) -> None:
         """Take the destination (for UDP ASSOCIATE: zeros of the control connection's family).
 
-        Method 02 is offered only with a username: some servers pick it whenever it is there. ValueError if
+        Method 02 is offered only with a username: some servers pick it whenever it is there. `pipelined`: all three
+        messages go out at once, with one method offered, for which one it would be is not known yet. ValueError if
         the address, or a username or password, does not fit its field.
         """
         self._request: bytes = b"\x05" + command.to_bytes() + b"\x00" + write_address(address, port)
@@ -62,13 +84,31 @@ class SocksHandshake:
             self.first_bytes = OFFER_NONE
         else:
             self._credentials = b"\x01" + _field("username", username) + _field("password", password or "")
-            self.first_bytes = OFFER_NONE_AND_PASSWORD
+            self.first_bytes = OFFER_PASSWORD if pipelined else OFFER_NONE_AND_PASSWORD
+        self._pipelined = pipelined
+        if pipelined:
+            self.first_bytes += self._credentials + self._request
+        self.requested: bool = pipelined  #: the request has been handed out
+        self.ready: bool = False  #: a warm connection that waits for its request
         self._held: bytes = b""  #: the beginning of an answer that is not complete, at most 261 bytes
         self._state: Callable[[SocksHandshake, bytes], bytes] = SocksHandshake._method
         self.done: bool = False  #: a reply has come
         self.reply: int = -1  #: its REP code
         self.bound: tuple[Host, int] | None = None  #: BND.ADDR and BND.PORT of a success
         self.surplus: bytes = b""  #: what came behind a success
+
+    @classmethod
+    def warm(cls, username: str | None = None, password: str | None = None) -> "SocksHandshake":
+        """Return one that stops, `ready`, before the request, which ask() makes."""
+        handshake = cls(0, b"\0\0\0\0", 0, username, password)
+        handshake._request = b""
+        return handshake
+
+    def ask(self, command: int, address: Host, port: int) -> None:
+        """Make the request of a `ready` handshake: `first_bytes` are to be sent. ValueError as in the constructor."""
+        self._request = self.first_bytes = b"\x05" + command.to_bytes() + b"\x00" + write_address(address, port)
+        self.ready = False
+        self.requested = True
 
     def receive(self, data: bytes) -> bytes:
         """Take bytes from the proxy, in any pieces; return what to send next, often nothing.
@@ -87,8 +127,8 @@ class SocksHandshake:
         if len(data) < 2:
             return self._hold(data)
         method = data[1]
-        if method == NO_AUTHENTICATION:
-            return self._next(SocksHandshake._reply, self._request, data[2:])
+        if method == NO_AUTHENTICATION and not (self._pipelined and self._credentials):
+            return self._ask(data[2:])
         if method == USERNAME_PASSWORD and self._credentials:
             return self._next(SocksHandshake._password, self._credentials, data[2:])
         if method == NO_ACCEPTABLE_METHOD:
@@ -101,7 +141,18 @@ class SocksHandshake:
             return self._hold(data)
         if data[1]:
             raise ProtocolError("password-refused", "the proxy refuses the username or password")
-        return self._next(SocksHandshake._reply, self._request, data[2:])
+        return self._ask(data[2:])
+
+    def _ask(self, rest: bytes) -> bytes:
+        if not self._request:
+            self._held = b""
+            self._state = SocksHandshake._reply
+            self.ready = True
+            if rest:
+                raise ProtocolError("socks-early", f"the proxy sent {len(rest)} octets before it was asked")
+            return b""
+        self.requested = True
+        return self._next(SocksHandshake._reply, self._request, rest)
 
     def _reply(self, data: bytes) -> bytes:
         if data[0] != VERSION:
@@ -140,6 +191,8 @@ class SocksHandshake:
     def _next(self, state: Callable[["SocksHandshake", bytes], bytes], message: bytes, rest: bytes) -> bytes:
         self._held = b""
         self._state = state
+        if self._pipelined:
+            message = b""
         return message + state(self, rest) if rest else message
 
 

@@ -1,5 +1,6 @@
 """Availability: whether the proxy gives associations, remembered so that not each client socket costs a handshake."""
 
+from math import inf
 from typing import Final
 
 from workers.icmp import ADMIN, HOST, NET, PORT
@@ -19,11 +20,11 @@ class Availability:
 
     __slots__ = ("_code", "_probe_timeout", "_until")
 
-    def __init__(self, probe_timeout: float) -> None:
-        """`probe_timeout`: seconds that an attempt to associate takes at most."""
+    def __init__(self, probe_timeout: float, never: bool = False) -> None:
+        """`probe_timeout`: seconds that an attempt to associate takes at most; `never`: what it speaks has no UDP."""
         self._probe_timeout = probe_timeout
-        self._until = 0.0  # until then nobody asks; 0: the proxy has UDP, or nothing is known
-        self._code = DOWN
+        self._until = inf if never else 0.0  # until then nobody asks; 0: the proxy has UDP, or nothing is known
+        self._code = PORT if never else DOWN
 
     def refused(self, now: float) -> int | None:
         """Return what to tell a new client socket, or None if it may ask the proxy."""

@@ -65,7 +65,8 @@ class Udp:
         self._associations: dict[bytes, Association] = {}  # by client socket, the least recently used first (nearly)
         self._waiting: list[Flow] = []  # flows with pieces of this batch
         self._ancillary: dict[int, list[tuple[int, int, bytes]]] = {}  # UDP_SEGMENT by size
-        self.availability = Availability(settings.connect_timeout)
+        upstream = worker.upstream
+        self.availability = Availability(settings.connect_timeout, not (upstream.direct or upstream.associates))
 
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -285,7 +286,7 @@ class Udp:
         if code == DOWN:
             self._count[counts.UDP_DROPPED_PROXY_DOWN] += 1
             code = NET
-        elif key[-2] << 8 | key[-1] == DNS_PORT:
+        elif key[-2] << 8 | key[-1] == DNS_PORT and not self.worker.upstream.rejects:
             self.dns.ask(key, payload, now)
             return
         else:
