@@ -1,0 +1,10 @@
+"""A deterministic simulation: the real Connection against a model peer over seeded links, in virtual time.
+
+    Peer (a TCP of the test's own) ── Link: loss, delay, reordering, duplication … ── Gateway (Connection + relay)
+
+Every octet is a function of its position, so both sides check each one that they get. A run ends when both ends are
+done and nothing is on the way; what is still armed or kept then is an error.
+
+    python -m tests.simulation FIRST LAST       run seeds, print those that fail
+    python -m tests.simulation SEED             run one, and print every packet
+"""
