@@ -1,6 +1,7 @@
 """The reader: device → free frame → shard → rx ring of its worker.
 
-    read_frame ─► shard_of ─► push ─► submit ··· worker ··· take_home
+    read_frames ─► bucket_of ─► push ─► submit ··· worker ··· take_home
+                      └─ fragment ─► Reassembly ─► bucket_of the whole packet
 
 It cannot know the shard before it has read the frame, so it reads into a free frame of the common pool, and remembers
 who has it: the frames of a dead worker come home. It looks at addresses and ports, at nothing else.
@@ -9,6 +10,7 @@ who has it: the frames of a dead worker come home. It looks at addresses and por
 from __future__ import annotations
 
 from select import EPOLLIN, epoll
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from ipc.channel import Channel
@@ -17,6 +19,7 @@ from ipc.memory import SharedMemory
 from ipc.pool import FramePool
 from ipc.ring import Consumer, Producer
 from ipc.wait import spin
+from workers.wire import fragments
 from workers.wire.flowkey import BUCKETS, bucket_of
 
 if TYPE_CHECKING:
@@ -29,8 +32,9 @@ COUNTERS: Final = (
     "no_frame",  # times that every frame was in use, and the device had to wait
     "no_worker",  # frames dropped because their worker was being replaced
     "short",  # reads too short for an IP header
+    *fragments.COUNTERS,
 )
-FRAMES, BYTES, WAKEUPS, NO_FRAME, NO_WORKER, SHORT = range(len(COUNTERS))
+FRAMES, BYTES, WAKEUPS, NO_FRAME, NO_WORKER, SHORT, FRAGMENTS = range(7)
 
 BATCH: Final = 64  #: frames between two submits of small ones
 PROMPT: Final = 8 * 1024  #: octets; a frame as large as this is submitted at once
@@ -50,9 +54,12 @@ class Reader:
         self.owner = [-1] * RX_FRAMES  #: the shard that has each frame, -1: we
         self.rx = [Producer(rings["rx"]) for rings in shared.rings]
         self.fill = [Consumer(rings["fill"]) for rings in shared.rings]
-        self.there = [True] * shared.shards  #: shards whose worker takes frames
-        #: bucket → shard: a worker is replaced, added or drained by this table, the flows of the others stay
-        self.indirection = [bucket % shared.shards for bucket in range(BUCKETS)]
+        #: shards whose worker takes frames; behind them one that never does, which has the fragments
+        self.there = [True] * shared.shards + [False]
+        #: bucket → shard: a worker is replaced, added or drained by this table, the flows of the others stay; the last
+        #: entry is that of FRAGMENT, so that fragments cost the others no look
+        self.indirection = [bucket % shared.shards for bucket in range(BUCKETS)] + [shared.shards]
+        self.reassembly = fragments.Reassembly(count, FRAGMENTS)
         view = memoryview(shared.rx_frames)
         self._buffers = [[view[at : at + FRAME_SIZE]] for at in range(0, RX_FRAMES * FRAME_SIZE, FRAME_SIZE)]
         self._epoll = epoll()
@@ -118,9 +125,19 @@ class Reader:
                 continue
             shard = indirection[bucket_of(memory, at)]
             if not there[shard]:
-                give(at)
-                self.count[NO_WORKER] += 1
-                continue
+                if shard < len(rx):
+                    give(at)
+                    self.count[NO_WORKER] += 1
+                    continue
+                length = self.reassembly.take(memory, at, length, monotonic())
+                if not length:
+                    give(at)
+                    continue
+                shard = indirection[bucket_of(memory, at)]
+                if not there[shard]:
+                    give(at)
+                    self.count[NO_WORKER] += 1
+                    continue
             owner[number] = shard
             rx[shard].push(at | length << LENGTH_SHIFT)
             total += 1

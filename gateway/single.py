@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from gateway.reader import FRAGMENTS
 from gateway.writer import BYTES, FRAMES, WRITE_ERRORS
 from ipc.layout import ADDRESS_MASK, FRAME_SIZE, LENGTH_SHIFT, RX_FRAMES, SMALL_SIZE, TX_SMALL_BASE
 from ipc.memory import SharedMemory
 from ipc.pool import FramePool
 from workers.port import TxFrames
+from workers.wire.fragments import Reassembly
 
 if TYPE_CHECKING:
     from gateway.device import Device
@@ -35,6 +37,7 @@ class DirectPort(TxFrames):
         self._pieces: list[memoryview] = []
         self._gathered: list[int] = []
         self._written = shared.counters.block("writer")
+        self._reassembly = Reassembly(shared.counters.block("reader"), FRAGMENTS)
         self.fileno = device.fileno
 
     def frames(self) -> list[int]:
@@ -56,6 +59,10 @@ class DirectPort(TxFrames):
             octets += length
             descriptors.append(at | length << LENGTH_SHIFT)
         return descriptors
+
+    def reassemble(self, at: int, length: int, now: float) -> int:
+        """Put a fragment to those that have come; return the length of the whole packet in its place, or 0."""
+        return self._reassembly.take(self.rx, at, length, now)
 
     def release(self, descriptors: list[int]) -> None:
         """Give the frames back to the pool, the first one last: it is read into next."""

@@ -18,7 +18,7 @@ from workers.icmp import Icmp
 from workers.settings import Settings
 from workers.timers import Timers
 from workers.upstream import Upstream
-from workers.wire.checksum import checksum, verify
+from workers.wire.checksum import checksum, pseudo_sum, verify
 from workers.wire.vnet import GSO_NONE, GSO_UDP_L4, HEADER, NEEDS_CSUM
 
 OWN4 = socket.inet_pton(socket.AF_INET, "198.18.0.2")
@@ -39,19 +39,32 @@ class FakePort:
         self.small = FramePool(TX_SMALL_BASE, 2048, TX_SMALL)
         self.sent: list[bytes] = []
 
+        self._pieces = b""
+        self._gathered: list[int] = []
+        self._held: set[int] = set()
+
     def transmit(self, at, length, more=False):
-        assert not more
-        self.sent.append(self.tx[at : at + length])
         pool = self.small if at >= TX_SMALL_BASE else self.large
         frame = pool.frame_of(at)
         assert at + length <= frame + pool.size
         assert frame not in pool.free
-        pool.give(frame)
+        self._pieces += self.tx[at : at + length]
+        if frame not in self._held:
+            self._gathered.append(frame)
+        if more:
+            return
+        self.sent.append(self._pieces)
+        self._pieces = b""
+        for each in self._gathered:
+            (self.small if each >= TX_SMALL_BASE else self.large).give(each)
+        self._gathered = []
 
     def hold(self, frame):
-        raise AssertionError("datagrams are not held")
+        self._held.add(frame)
 
-    unhold = hold
+    def unhold(self, frame):
+        self._held.remove(frame)
+        self.large.give(frame)
 
 
 class Shard:
@@ -163,9 +176,12 @@ def datagrams(frame):
         assert ip.plen == len(packet) - 40
         size = 40
     udp = packet[size:]
-    assert (flags, csum_start, csum_offset) == (NEEDS_CSUM, size, 6)
     sport, dport, length, field = struct.unpack_from(">HHHH", udp)
     assert length == len(udp)
+    if not flags:  # a packet that was cut: its checksum is complete
+        assert verify(udp, pseudo_sum(ip.src, ip.dst, 17, length))
+        return [(ip.src, sport, ip.dst, dport, udp[8:])]
+    assert (flags, csum_start, csum_offset) == (NEEDS_CSUM, size, 6)
     # The field holds the sum of the pseudo-header; dpkt's own checksum says what the device must make of it.
     ip.data.sum = 0
     if size == 20:
@@ -183,6 +199,54 @@ def datagrams(frame):
         cut = [payload[at : at + gso_size] for at in range(0, len(payload), gso_size)]
         assert 1 < len(cut) <= 64
     return [(ip.src, sport, ip.dst, dport, each) for each in cut]
+
+
+def whole_packets(frames, mtu=1500):
+    """Return the frames, those of one packet in fragments put together by plain means, in their order of ending."""
+    whole = []
+    parts = {}
+    for frame in frames:
+        packet = frame[VNET:]
+        if packet[0] >> 4 == 4:
+            ip = dpkt.ip.IP(packet)
+            if not ip.mf and not ip.offset:
+                whole.append(frame)
+                continue
+            assert verify(packet[:20])
+            assert not ip.df
+            assert ip.len == len(packet)
+            key, header, payload = (ip.src, ip.dst, ip.id), packet[:20], packet[20:]
+            offset, more = (int.from_bytes(packet[6:8]) & 0x1FFF) * 8, ip.mf
+        else:
+            if packet[6] != 44:
+                whole.append(frame)
+                continue
+            assert int.from_bytes(packet[4:6]) == len(packet) - 40
+            field = int.from_bytes(packet[42:44])
+            key, header, offset, more = packet[8:40] + packet[44:48], packet[:40], field & 0xFFF8, field & 1
+            header = header[:6] + packet[40:41] + header[7:]
+            payload = packet[48:]
+        assert frame[:VNET] == bytes(VNET)
+        assert len(packet) <= mtu
+        assert not more or len(payload) % 8 == 0
+        assert offset == len(parts.setdefault(key, b"")), "our own fragments go out in order"
+        parts[key] += payload
+        if not more:
+            payload = parts.pop(key)
+            if len(header) == 20:
+                header = (
+                    header[:2] + (20 + len(payload)).to_bytes(2) + b"\0\0\x40\0" + header[8:10] + b"\0\0" + header[12:]
+                )
+                header = header[:10] + checksum(header).to_bytes(2) + header[12:]
+            else:
+                header = header[:4] + len(payload).to_bytes(2) + header[6:]
+            whole.append(bytes(VNET) + header + payload)
+    return whole
+
+
+def all_datagrams(frames):
+    """Return what datagrams() does for many frames, of which some are fragments."""
+    return [each for frame in whole_packets(frames) for each in datagrams(frame)]
 
 
 def unreachable(frame):

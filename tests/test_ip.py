@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ipc.layout import FRAME_SIZE
 from workers.wire import ip
 from workers.wire.checksum import checksum
-from workers.wire.flowkey import BUCKETS, bucket_of
+from workers.wire.flowkey import BUCKETS, FRAGMENT, bucket_of
 
 AT = FRAME_SIZE  #: the second frame: something stands before it
 MEMORY = mmap(-1, 3 * FRAME_SIZE)
@@ -52,7 +52,7 @@ def test_locate_of_random_bytes(data, first, trusted):
     assert version == first >> 4
     if protocol >= 0:
         assert AT + 10 + 20 <= transport <= end <= AT + length
-    assert 0 <= bucket_of(MEMORY, AT) < BUCKETS
+    assert FRAGMENT <= bucket_of(MEMORY, AT) < BUCKETS
 
 
 @given(st.binary(min_size=40, max_size=120), st.lists(st.sampled_from((0, 43, 44, 60, 6, 17, 58, 59)), max_size=12))
@@ -66,7 +66,7 @@ def test_locate_of_random_extension_headers(data, kinds):
     protocol, transport, end, _ = ip.locate(MEMORY, AT, length)
     if protocol >= 0:
         assert AT + 50 <= transport <= end == AT + length
-    assert 0 <= bucket_of(MEMORY, AT) < BUCKETS
+    assert FRAGMENT <= bucket_of(MEMORY, AT) < BUCKETS
 
 
 @given(st.binary(max_size=FRAME_SIZE - 1))
@@ -74,7 +74,7 @@ def test_bucket_of_random_frames_in_the_last_frame_of_the_pool(data):
     at = 2 * FRAME_SIZE
     MEMORY[at : at + FRAME_SIZE] = b"\xff" * FRAME_SIZE
     MEMORY[at : at + len(data)] = data
-    assert 0 <= bucket_of(MEMORY, at) < BUCKETS
+    assert FRAGMENT <= bucket_of(MEMORY, at) < BUCKETS
 
 
 @pytest.mark.parametrize("first", [0x45, 0x4F, 0x60])
@@ -85,7 +85,7 @@ def test_bucket_of_a_frame_full_of_the_largest_numbers(first, protocol):
     MEMORY[at] = 1
     MEMORY[at + 10] = first
     MEMORY[at + (19 if first != 0x60 else 16)] = protocol
-    assert 0 <= bucket_of(MEMORY, at) < BUCKETS
+    assert FRAGMENT <= bucket_of(MEMORY, at) < BUCKETS
 
 
 @given(addresses, st.sampled_from((1, 6, 17, 47, 58)), st.binary(min_size=8, max_size=60))

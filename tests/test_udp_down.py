@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipc.layout import TX_LARGE, TX_SMALL
-from tests.shard import CLIENT4, CLIENT6, Shard, datagrams, udp_packet
+from tests.shard import CLIENT4, CLIENT6, Shard, all_datagrams, datagrams, udp_packet
 from tests.socksproxy import Proxy, socks_header
 from workers import counts
 from workers.udp import Udp
@@ -51,10 +51,10 @@ class Client:
 
     def expect(self, answers):
         """Run until all (payload, source) have come out of the device, in this order and with the right headers."""
-        self.shard.run_until(lambda: sum(len(datagrams(frame)) for frame in self.shard.sent) >= len(answers))
+        self.shard.run_until(lambda: len(all_datagrams(self.shard.sent)) >= len(answers))
         while self.shard.poll(0.02):
             pass
-        came = [each for frame in self.shard.sent for each in datagrams(frame)]
+        came = all_datagrams(self.shard.sent)
         self.shard.sent.clear()
         assert came == [(*self.sources[source], self.address, 1000, payload) for payload, source in answers]
 
@@ -133,17 +133,29 @@ def test_any_sequence_arrives_as_it_was(kind, version, answers):
     shard.close()
 
 
-def test_what_does_not_fit_the_device_is_dropped(client):
+def test_what_is_above_the_mtu_leaves_in_fragments(client):
     limit = 1472 if client.version == 4 else 1452
-    for size in (limit + 1, 4000, 60000):
-        client.answer(bytes(size))
-        client.shard.run_until(lambda: client.shard.poll() or client.shard.counted(counts.UDP_DROPPED_TOO_BIG))
+    sizes = (limit + 1, 4000, 65_497 if client.version == 4 else 65_485)
+    for size in sizes:
+        client.answer(bytes([size & 0xFF]) * size)
+        client.expect([(bytes([size & 0xFF]) * size, 0)])
+    # Between answers that fit, too: each on its own, in order.
     client.answer(b"a" * limit)
-    for size in (limit + 1, limit + 1, 30000):
-        client.answer(bytes(size))
+    for size in sizes:
+        client.answer(b"." * size)
     client.answer(b"b" * limit)
-    client.expect([(b"a" * limit, 0), (b"b" * limit, 0)])
-    assert client.shard.counted(counts.UDP_DROPPED_TOO_BIG) == 6
+    client.expect([(b"a" * limit, 0), *[(b"." * size, 0) for size in sizes], (b"b" * limit, 0)])
+
+
+def test_a_fragment_without_a_frame_ends_its_datagram(client):
+    port = client.shard.port
+    kept, port.small.free[:] = port.small.free[:], []
+    client.answer(bytes(9000))
+    client.shard.run_until(lambda: client.shard.counted(counts.NO_FRAMES))
+    port.small.free.extend(kept)
+    client.shard.sent.clear()
+    client.answer(b"answer")
+    client.expect([(b"answer", 0)])
 
 
 @pytest.mark.parametrize("version", [4, 6])

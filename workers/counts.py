@@ -18,7 +18,6 @@ BYTES_TO_DEVICE: Final = _counter("bytes_to_device")
 MALFORMED: Final = _counter("malformed")  #: lengths that contradict each other, or too short for their headers
 BAD_CHECKSUM: Final = _counter("bad_checksum")
 UNKNOWN_PROTOCOL: Final = _counter("unknown_protocol")  #: neither TCP, UDP nor ICMP
-FRAGMENTS: Final = _counter("fragments")  #: fragments of packets that were dropped
 NOT_PUBLIC: Final = _counter("not_public")  #: destinations that public-only refused
 NO_FRAMES: Final = _counter("no_frames")  #: packets not sent for want of a TX frame
 INTERNAL_ERRORS: Final = _counter("internal_errors")  #: flows ended by an exception of our own, each is a bug

@@ -18,8 +18,9 @@ from dpkt.icmp6 import ICMP6
 from dpkt.ip import IP, IP_PROTO_ICMP, IP_PROTO_ICMP6
 from dpkt.ip6 import IP6
 
-from ipc.layout import LARGE_PAYLOAD, SMALL_PAYLOAD
+from ipc.layout import SMALL_PAYLOAD
 from workers import counts
+from workers.fragmenting import Fragmenting
 from workers.wire.checksum import checksum, pseudo_sum, verify
 from workers.wire.vnet import SIZE as VNET
 from workers.wire.vnet import TRUSTED
@@ -60,6 +61,8 @@ class Icmp:
     def __init__(self, worker: Worker) -> None:
         self._port = worker.port
         self._count = worker.count
+        self._mtu = worker.settings.mtu
+        self._fragmenting = Fragmenting(worker.port, self._mtu, worker.count)
         self._own4 = worker.settings.own_address4
         self._own6 = worker.settings.own_address6
         self._tokens: float = ERRORS_BURST
@@ -144,16 +147,18 @@ class Icmp:
     def _send(self, packet: bytes) -> bool:
         port = self._port
         length = VNET + len(packet)
-        if length > LARGE_PAYLOAD:
-            return False
-        pool = port.small if length <= SMALL_PAYLOAD else port.large
+        pool = port.small if length <= SMALL_PAYLOAD and len(packet) <= self._mtu else port.large
         try:
             frame = pool.take()
         except IndexError:
             self._count[counts.NO_FRAMES] += 1
             return False
         port.tx[frame : frame + length] = _NO_OFFLOAD + packet
-        port.transmit(frame, length)
+        if len(packet) > self._mtu:
+            header = 20 if packet[0] >> 4 == 4 else 40
+            self._fragmenting.transmit(packet[:header], frame, frame + VNET + header, frame + length)
+        else:
+            port.transmit(frame, length)
         return True
 
 

@@ -63,6 +63,9 @@ class Port(Protocol):
     def release(self, descriptors: list[int]) -> None:
         """Give RX frames back to the reader."""
 
+    def reassemble(self, at: int, length: int, now: float) -> int:
+        """Take the fragment in an RX frame; return the length of the whole packet that is there now, or 0."""
+
     def transmit(self, at: int, length: int, more: bool = False) -> None:
         """Send the packet (or with `more` the first piece of one) that stands at tx[at : at + length]."""
 
@@ -97,6 +100,10 @@ class TxFrames:
     def is_full(self) -> bool:
         """Never, where a packet is written as soon as it is transmitted."""
         return False
+
+    def reassemble(self, at: int, length: int, now: float) -> int:
+        """Drop the fragment: where there is a reader, it has put packets together before."""
+        return 0
 
     def hold(self, frame: int) -> None:
         """Keep a large frame from being free when it is completed."""

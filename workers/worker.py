@@ -33,7 +33,7 @@ log = logging.getLogger("ringway")
 Handler = Callable[[int, float], None]
 
 MAX_EVENTS: Final = 256  #: of one breath
-MIN_FRAME: Final = vnet.SIZE + 28  #: octets; IPv4 and the shortest transport header
+MIN_FRAME: Final = vnet.SIZE + 20  #: octets; with an IPv4 header; what a fragment has behind it may be one
 
 
 class Worker:
@@ -207,7 +207,9 @@ class Worker:
         elif protocol == (ip.ICMP if version == 4 else ip.ICMPV6):
             self.icmp.frame_arrives(at, transport, end, version, now)
         elif protocol == ip.FRAGMENT:
-            count[counts.FRAGMENTS] += 1
+            whole = self.port.reassemble(at, length, now)
+            if whole:
+                self._other_arrives(at, whole, now)  # never a fragment again
         elif protocol == ip.BAD_CHECKSUM:
             count[counts.BAD_CHECKSUM] += 1
         elif protocol == ip.MALFORMED:

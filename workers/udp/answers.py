@@ -1,8 +1,8 @@
 """Answers: datagrams from the upstream sockets, which become packets to the device.
 
-An answer is received into a TX frame, and the headers are written in front of its payload: nothing is copied. When
-many wait, they are received back to back into one large frame, as long as they have one source and one length (a
-shorter one may be last), and leave as one super-frame (USO):
+A single answer is copied into a small frame behind its headers: few are large, and a large frame in flight costs more.
+When many wait, they are received back to back into one large frame, as long as they have one source and one length (a
+shorter one may be last), and leave as one super-frame (USO); what is above the device's MTU leaves as IP fragments:
 
     frame + START                 tail - 10                        (SOCKS header of 10 octets, IPv4)
     ├ SOCKS header ┬ payload 1 ───┬──────────┐
@@ -15,10 +15,12 @@ The SOCKS header of answer 2 is received over the end of payload 1, which has be
 from __future__ import annotations
 
 import socket
+from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
 from ipc.layout import FRAME_SIZE, SMALL_SIZE
 from workers import counts
+from workers.fragmenting import Fragmenting
 from workers.socks.wire import ProtocolError, parse_datagram
 from workers.wire.udp import MAX_PACKET, DatagramHeaders, split_key
 
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from workers.worker import Worker
 
 START: Final = 64  #: octets in a frame before what is received: 58 of IPv6 headers, with no SOCKS header, fit
-SMALL_ROOM: Final = SMALL_SIZE - START
-LARGE_ROOM: Final = FRAME_SIZE - START
 MAX_SEGMENTS: Final = 64  #: of one super-frame: UDP_MAX_SEGMENTS, linux/udp.h before 6.9
 FAIR_SHARE: Final = 64  #: answers of one socket in one event; the others are not kept waiting by it
 MAX_SOURCES: Final = 1024  #: sources that one association has prepared headers for
@@ -49,10 +49,10 @@ class Answers:
         self._tx = port.tx
         self._tx_view = port.tx_view
         self._transmit = port.transmit
-        # What fits the device fits a small frame, unless the device is made for jumbo packets.
-        self._single_pool = port.small if self._mtu <= SMALL_ROOM else port.large
-        self._single_room = SMALL_ROOM if self._mtu <= SMALL_ROOM else LARGE_ROOM
-        self._scratch = bytearray(64)
+        self._small = port.small
+        self._fragmenting = Fragmenting(port, self._mtu, self._count)
+        #: where a single answer is received: it may be of any size, and nearly all are small and copied
+        self._scratch = mmap(-1, FRAME_SIZE)
 
     # ── through a proxy ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -61,38 +61,22 @@ class Answers:
         if association.busy:
             self._many_from_relay(association, now)
             return
+        scratch = self._scratch
         try:
-            frame = self._single_pool.take()
-        except IndexError:
-            self._drop_for_want_of_frames(association)
-            return
-        tx = self._tx
-        at = frame + START
-        try:
-            received = association.receive(self._tx_view[at : at + self._single_room], 0, MSG_TRUNC)
+            received = association.receive(scratch, 0, MSG_TRUNC)
         except OSError as error:
-            self._single_pool.give(frame)
             self._failed(association, error)
             return
         behind = association.socks_header
-        headers = association.sources.get(tx[at : at + behind])
+        headers = association.sources.get(scratch[:behind])
         if headers is None:
-            found = self._new_source(association, tx[at : at + min(received, 300)])
+            found = self._new_source(association, scratch[: min(received, 300)])
             if found is None:
-                self._single_pool.give(frame)
                 return
             headers, behind = found
-        at += behind
         size = received - behind
-        if 0 <= size <= headers.max_payload:
-            length = headers.length
-            tx[at - length : at] = headers.header if size == headers.size else headers.of(size)
-            self._transmit(at - length, size + length)
-            self._count[counts.UDP_DATAGRAMS_DOWN] += 1
-            association.active_at = now
-        else:
-            self._single_pool.give(frame)
-            self._count[counts.UDP_DROPPED_TOO_BIG if size > 0 else counts.UDP_DROPPED_BAD_HEADER] += 1
+        association.active_at = now
+        self._send_one(headers, behind, size)
         if association.quiet:
             association.quiet -= 1
         else:
@@ -169,7 +153,15 @@ class Answers:
                 begin = at + length
                 payload = received - length
             if not 0 <= payload <= headers.max_payload:
-                self._count[counts.UDP_DROPPED_TOO_BIG if payload > 0 else counts.UDP_DROPPED_BAD_HEADER] += 1
+                fits = payload > 0 and self._fits(headers, payload, begin + payload <= frame_end)
+                if payload < 0:
+                    self._count[counts.UDP_DROPPED_BAD_HEADER] += 1
+                elif fits:
+                    frame = self._send_fragments(headers, frame, begin, begin + payload)
+                    if frame < 0:
+                        break
+                    at = start = frame + START
+                    frame_end = frame + FRAME_SIZE
                 headers = None
                 continue
             key = headers.key
@@ -196,27 +188,12 @@ class Answers:
             self._many_from_anyone(association, now)
             return
         try:
-            frame = self._single_pool.take()
-        except IndexError:
-            self._drop_for_want_of_frames(association)
-            return
-        at = frame + START
-        try:
-            size, source = association.receive_from(self._tx_view[at : at + self._single_room], 0, MSG_TRUNC)
+            size, source = association.receive_from(self._scratch, 0, MSG_TRUNC)
         except OSError as error:
-            self._single_pool.give(frame)
             self._failed(association, error)
             return
-        headers = association.sources.get(source) or self._new_direct_source(association, source)
-        if size <= headers.max_payload:
-            length = headers.length
-            self._tx[at - length : at] = headers.header if size == headers.size else headers.of(size)
-            self._transmit(at - length, size + length)
-            self._count[counts.UDP_DATAGRAMS_DOWN] += 1
-            association.active_at = now
-        else:
-            self._single_pool.give(frame)
-            self._count[counts.UDP_DROPPED_TOO_BIG] += 1
+        association.active_at = now
+        self._send_one(association.sources.get(source) or self._new_direct_source(association, source), 0, size)
         if association.quiet:
             association.quiet -= 1
         else:
@@ -271,7 +248,12 @@ class Answers:
                 tx[at : at + len(came)] = came
             headers = association.sources.get(source) or self._new_direct_source(association, source)
             if received > headers.max_payload:
-                self._count[counts.UDP_DROPPED_TOO_BIG] += 1
+                if self._fits(headers, received, at + received <= frame_end):
+                    frame = self._send_fragments(headers, frame, at, at + received)
+                    if frame < 0:
+                        break
+                    at = frame + START
+                    frame_end = frame + FRAME_SIZE
                 headers = key = None
                 continue
             key = source
@@ -287,6 +269,55 @@ class Answers:
         self._note(association, answers, now)
 
     # ── for both ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _send_one(self, headers: DatagramHeaders, begin: int, size: int) -> None:
+        """Send the answer whose payload of `size` octets stands in the scratch memory, from `begin` on."""
+        length = headers.length
+        if size <= headers.max_payload and 0 <= size <= SMALL_SIZE - length:
+            try:
+                small = self._small.take()
+            except IndexError:
+                self._count[counts.NO_FRAMES] += 1
+                return
+            header = headers.header if size == headers.size else headers.of(size)
+            self._tx[small : small + length + size] = header + self._scratch[begin : begin + size]
+            self._transmit(small, length + size)
+            self._count[counts.UDP_DATAGRAMS_DOWN] += 1
+            return
+        if size < 0:
+            self._count[counts.UDP_DROPPED_BAD_HEADER] += 1
+        elif self._fits(headers, size, True):
+            try:
+                frame = self._port.large.take()
+            except IndexError:
+                self._count[counts.NO_FRAMES] += 1
+                return
+            first = frame + START
+            self._tx[first : first + size] = self._scratch[begin : begin + size]
+            if size > headers.max_payload:
+                frame = self._send_fragments(headers, frame, first, first + size)
+            else:
+                frame = self._send_run(headers, frame, first, first + size, size, 1)
+            if frame >= 0:
+                self._port.large.give(frame)
+
+    def _fits(self, headers: DatagramHeaders, size: int, complete: bool) -> bool:
+        """Say whether an answer can be sent at all; False: counted."""
+        if complete and size <= headers.longest:
+            return True
+        self._count[counts.UDP_DROPPED_TOO_BIG] += 1
+        return False
+
+    def _send_fragments(self, headers: DatagramHeaders, frame: int, first: int, tail: int) -> int:
+        """Send an answer above the device's MTU; return the frame to go on with, or -1 if there is none."""
+        ip_header, udp_header = headers.of_fragmented(self._tx_view[first:tail])
+        self._tx[first - len(udp_header) : first] = udp_header
+        self._fragmenting.transmit(ip_header, frame, first - len(udp_header), tail)
+        self._count[counts.UDP_DATAGRAMS_DOWN] += 1
+        try:
+            return self._port.large.take()
+        except IndexError:
+            return -1
 
     def _send_run(
         self, headers: DatagramHeaders | None, frame: int, first: int, tail: int, size: int, segments: int
@@ -362,14 +393,6 @@ class Answers:
         headers = DatagramHeaders(host, port, client[:-2], int.from_bytes(client[-2:], "big"), self._mtu, key)
         association.sources[key] = headers
         return headers
-
-    def _drop_for_want_of_frames(self, association: Association) -> None:
-        """Take one answer from the socket and lose it: the event is level-triggered and would come again at once."""
-        self._count[counts.NO_FRAMES] += 1
-        try:
-            association.receive(self._scratch)
-        except OSError:
-            pass
 
     def _failed(self, association: Association, error: OSError) -> None:
         """Take an error that the socket reports; anything but "nothing there" is about a datagram that we sent."""

@@ -68,18 +68,27 @@ def _locate6(rx: mmap | bytes, at: int, length: int) -> tuple[int, int, int, int
     end = ip + 40 + (rx[ip + 4] << 8 | rx[ip + 5])
     if end > at + length:
         return MALFORMED, 0, 0, 6
-    following = rx[ip + 6]
-    transport = ip + 40
+    protocol, transport = upper_layer(rx, rx[ip + 6], ip + 40, end)
+    if protocol == MALFORMED:
+        return MALFORMED, 0, 0, 6
+    return protocol, transport, end, 6
+
+
+def upper_layer(rx: mmap | bytes, following: int, transport: int, end: int) -> tuple[int, int]:
+    """Go through the extension headers of IPv6 that begin at `transport` with a header of the kind `following`.
+
+    Return (protocol or reason, address of the transport header); with FRAGMENT, that of the fragment header.
+    """
     for _ in range(_MAX_EXTENSIONS):
         if following in (TCP, UDP, ICMPV6):
-            return following, transport, end, 6
+            return following, transport
         if following == _FRAGMENT:
-            return FRAGMENT, 0, 0, 6
+            return FRAGMENT, transport
         if following not in (_HOP_BY_HOP, _ROUTING, _DESTINATION):
-            return following, transport, end, 6
+            return following, transport
         if transport + 8 > end:
-            return MALFORMED, 0, 0, 6
+            return MALFORMED, 0
         following, transport = rx[transport], transport + 8 + rx[transport + 1] * 8
         if transport > end:
-            return MALFORMED, 0, 0, 6
-    return MALFORMED, 0, 0, 6
+            return MALFORMED, 0
+    return MALFORMED, 0

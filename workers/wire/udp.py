@@ -8,7 +8,7 @@ Flow keys, as they stand in a packet without IP options or extension headers, fr
 from struct import Struct
 from typing import Final
 
-from workers.wire.checksum import ones_sum
+from workers.wire.checksum import checksum, ones_sum
 from workers.wire.vnet import GSO_UDP_L4, NEEDS_CSUM
 
 UDP: Final = 17
@@ -42,6 +42,7 @@ class DatagramHeaders:
         "header",
         "key",
         "length",
+        "longest",
         "max_payload",
         "size",
     )
@@ -62,7 +63,9 @@ class DatagramHeaders:
         else:
             self._version = 6
             self.length = 10 + IPV6_OVERHEAD
-        self.max_payload = mtu - self.length + 10  #: octets that fit a packet of the device
+        self.max_payload = mtu - self.length + 10  #: octets that fit a packet of the device; beyond, fragments
+        #: octets that the length fields can say: of the IP packet, or of what is behind the IPv6 header
+        self.longest = 65535 - (IPV4_OVERHEAD if self._version == 4 else HEADER_SIZE)
         self.size = -1  #: payload octets that `header` is for
         self.header = b""  #: of a packet with `size` octets, as of(size) returned it last
 
@@ -75,6 +78,16 @@ class DatagramHeaders:
     def of_many(self, size: int, total: int) -> bytes:
         """Return the headers of a super-frame (USO) of `total` octets, to be cut into datagrams of `size`."""
         return self._build(_VNET.pack(NEEDS_CSUM, GSO_UDP_L4, self.length - 10, size, self.length - 18, 6), total)
+
+    def of_fragmented(self, payload: bytes | memoryview) -> tuple[bytes, bytes]:
+        """Return the IP header of a datagram that will be cut, and its UDP header with the checksum of the whole."""
+        length = len(payload) + 8
+        # A checksum of 0 would say "none": checksum() never gives it (RFC 768).
+        field = checksum(payload, self._udp_sum + length + ones_sum(self._ports) + length)
+        udp = self._ports + _LENGTH_AND_SUM.pack(length, field)
+        if self._version == 6:
+            return _IPV6.pack(6 << 28, length, UDP, TTL) + self._addresses, udp
+        return _IPV4.pack(0x45, 0, length + 20, 0, 0, TTL, UDP, 0) + self._addresses, udp
 
     def _build(self, vnet: bytes, payload: int) -> bytes:
         length = payload + 8
