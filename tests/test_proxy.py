@@ -133,7 +133,7 @@ def test_replies_for_errors(number, reply):
     assert reply_for(number) == reply
 
 
-@pytest.mark.parametrize("command", [0, 4, 0xF3])
+@pytest.mark.parametrize("command", [0, 4, 0xF1])
 def test_an_unknown_command_is_reply_7(proxy, command):
     with proxy.connect() as client:
         assert ask(client, command, b"\x7f\x00\x00\x01", 80).reply == 7

@@ -1,7 +1,6 @@
 """What the server answers to a request: REP and an address."""
 
 import errno
-import socket
 from typing import Final
 
 from gateway.proxy.address import SocketAddress, write_socket_address
@@ -12,7 +11,6 @@ from workers.socks.wire import (
     HOST_UNREACHABLE,
     NETWORK_UNREACHABLE,
     NOT_ALLOWED,
-    SUCCEEDED,
     TTL_EXPIRED,
     VERSION,
 )
@@ -38,11 +36,6 @@ def reply_for(number: int | None) -> int:
 def write_reply(reply: int, address: SocketAddress) -> bytes:
     """Return a reply with an address as sockets have it."""
     return bytes((VERSION, reply, 0)) + write_socket_address(address)
-
-
-def success(bound: socket.socket) -> bytes:
-    """Return the reply that grants a request, with the local address of `bound`."""
-    return write_reply(SUCCEEDED, bound.getsockname())
 
 
 def refusal(reply: int) -> bytes:

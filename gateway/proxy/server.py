@@ -6,21 +6,27 @@ import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final, Protocol
 
+from gateway.proxy.outbound import Direct, Outbound
 from gateway.proxy.poll import READ, Handler, new_poller
 from gateway.proxy.relay import COPY_SIZE, PipePool
 from gateway.proxy.resolve import Resolver
 from gateway.proxy.session import Session
+from gateway.proxy.stream import Stream
+from gateway.proxy.tls import ServerTls
 
 BACKLOG: Final = 4096  # the kernel takes net.core.somaxconn if that is less
 ACCEPTS_PER_BREATH: Final = 64  # those who are connected already get their turn as well
 TICK: Final = 1.0  # seconds; how late a timeout may be noticed
-BATCH_SIZE: Final = 1 << 19  # bytes of datagrams handled at once, see udp.py
+BATCH_SIZE: Final = 1 << 19  # bytes of datagrams handled at once, see udp.py and egress.py
 
 HANDSHAKE_TIMEOUT: Final = 10.0  # seconds from accept to a complete request
 CONNECT_TIMEOUT: Final = 10.0  # seconds, name lookup not included, over all addresses of a name
 BIND_TIMEOUT: Final = 120.0  # seconds that BIND waits for its connection
+STALL_TIMEOUT: Final = 30.0  # seconds that a stream of datagrams may stop within a frame, or take nothing
+IDLE_TIMEOUT: Final = 300.0  # seconds without a datagram after which such a stream is closed
 
 # accept(2): the process, the system, or its memory has no room.
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -42,8 +48,10 @@ class Waiting(Protocol):
 class Server:
     """A SOCKS5 server; it listens from the moment it is made, and answers while `serve_forever` runs.
 
-    With a username, clients must authenticate. `portable` does without epoll, splice and UDP offloads, as on
-    systems other than Linux. Timeouts are seconds. `counters` says what became of clients, by reason.
+    With a username, clients must authenticate. `outbound` is where their requests go, without one straight to the
+    targets. `tls` is what TLS is answered with: gost's methods 80, 82 and 8A. `portable` does without epoll, splice
+    and UDP offloads, as on systems other than Linux. Timeouts are seconds. `counters` says what
+    became of clients, by reason.
     """
 
     def __init__(
@@ -55,6 +63,10 @@ class Server:
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
         bind_timeout: float = BIND_TIMEOUT,
+        stall_timeout: float = STALL_TIMEOUT,
+        idle_timeout: float = IDLE_TIMEOUT,
+        outbound: Outbound | None = None,
+        tls: ServerTls | None = None,
         reuse_port: bool = False,
         portable: bool = sys.platform != "linux",
     ) -> None:
@@ -65,6 +77,10 @@ class Server:
         self.handshake_timeout = handshake_timeout
         self.connect_timeout = connect_timeout
         self.bind_timeout = bind_timeout
+        self.stall_timeout = stall_timeout
+        self.idle_timeout = idle_timeout
+        self.outbound: Outbound = outbound or Direct()
+        self.tls = tls
         self.portable = portable
         self.counters: Counter[str] = Counter()
         self._listener = _listen(listen, reuse_port)
@@ -77,8 +93,9 @@ class Server:
         self.resolver = Resolver(self._wake)
         self._sockets: dict[int, socket.socket] = {}
         self._closing: list[socket.socket] = []
+        self._soon: list[Callable[[], None]] = []
         self._deadlines: dict[Waiting, float] = {}
-        self._tick = min(TICK, handshake_timeout, connect_timeout, bind_timeout)
+        self._tick = min(TICK, handshake_timeout, connect_timeout, bind_timeout, stall_timeout, idle_timeout)
         self._next_tick = 0.0
         self._paused = False  #: not accepting, for want of descriptors
         self._stopping = False
@@ -122,6 +139,10 @@ class Server:
         """Forget a deadline."""
         self._deadlines.pop(waiting, None)
 
+    def soon(self, call: Callable[[], None]) -> None:
+        """Call at the end of this breath: what an owner of something may not be told while it acts itself."""
+        self._soon.append(call)
+
     def _breathe(self) -> None:
         handlers = self.poller.handlers
         for fd, events in self.poller.wait(self._tick if self._deadlines or self._paused else None):
@@ -133,6 +154,13 @@ class Server:
                     self._bury(fd)
         if self._deadlines or self._paused:
             self._look_at_the_clock(time.monotonic())
+        while self._soon:
+            calls, self._soon = self._soon, []
+            for call in calls:
+                try:
+                    call()
+                except Exception:
+                    self._count_internal_error()
         if self._closing:
             for sock in self._closing:
                 sock.close()
@@ -150,10 +178,13 @@ class Server:
         if self._paused:
             self._pause(False)
 
-    def _bury(self, fd: int) -> None:
-        """Give up one client after an error of our own; the others go on."""
+    def _count_internal_error(self) -> None:
         log.exception("a client's connection is dropped after an internal error")
         self.counters["internal-error"] += 1
+
+    def _bury(self, fd: int) -> None:
+        """Give up one client after an error of our own; the others go on."""
+        self._count_internal_error()
         if fd in self._sockets and self._sockets[fd] not in (self._listener, self._wake_reader):
             self.close(self._sockets[fd])
 
@@ -170,7 +201,8 @@ class Server:
                 continue  # the client has gone already
             client.setblocking(False)
             self.counters["clients"] += 1
-            Session(self, client)
+            session = Session(self)
+            session.attend(Stream(self, client, session))
 
     def _pause(self, pause: bool) -> None:
         """Stop accepting while there is no room for another client, else the full queue would be reported for ever."""

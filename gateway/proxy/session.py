@@ -1,93 +1,105 @@
 """Session: a client from its first byte until its request is granted or refused; nothing here outlives that.
 
-    _greeting → (_password) → _request ──CONNECT──► lookup → connect → reply → relay.py
-                                       ──BIND─────► bind.py
-                                       ──UDP──────► udp.py
-                                       ──refused──► reply, then _linger until the client has read it
+    _greeting → (TLS) → (_password) → _request ──CONNECT──────► outbound.connect → reply → join.py
+                                               ──BIND─────────► outbound.bind
+                                               ──UDP ASSOCIATE► outbound.associate → reply → udp.py
+                                               ──F3, 05, UoT──► outbound.associate → reply → framed.py
+                                               ──refused──────► reply, then _linger until the client has read it
 
 The state *is* a method; each returns early while bytes are missing, and goes on to the next with what is left: clients
 may send all at once (RFC 1928 does not forbid it), or byte by byte. Bytes behind the request belong to the flow.
 """
 
-import errno
 import hmac
-import socket
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from gateway.proxy import bind, udp
-from gateway.proxy.poll import FAILED, READ, WRITE
-from gateway.proxy.relay import relay
-from gateway.proxy.reply import refusal, reply_for, success
-from gateway.proxy.resolve import Address
+from gateway.proxy.datagrams import Out
+from gateway.proxy.framed import FramedClient
+from gateway.proxy.join import join
+from gateway.proxy.reply import refusal, reply_for, write_reply
+from gateway.proxy.stream import Layered, Owner
+from gateway.proxy.udp import UdpClient
+from workers.socks.framing import (
+    GOST_UDP,
+    HEV_UDP,
+    UOT2_NAME,
+    UOT_NAME,
+    Framing,
+    GostFraming,
+    HevFraming,
+    Uot2ServerFraming,
+    UotFraming,
+)
 from workers.socks.wire import (
     ADDRESS_TYPE_NOT_SUPPORTED,
     BIND,
     COMMAND_NOT_SUPPORTED,
     CONNECT,
-    HOST_UNREACHABLE,
+    GOST1_TLS_PASSWORD,
+    GOST_CIPHERS,
+    GOST_TLS,
+    GOST_TLS_PASSWORD,
     NO_ACCEPTABLE_METHOD,
     NO_AUTHENTICATION,
+    NOT_ALLOWED,
+    SUCCEEDED,
     UDP_ASSOCIATE,
     USERNAME_PASSWORD,
     VERSION,
-    Host,
     ProtocolError,
     parse_address,
 )
 
 if TYPE_CHECKING:
+    from gateway.proxy.outbound import Attempt
     from gateway.proxy.server import Server
 
-READ_SIZE: Final = 4096  # bytes; a handshake is at most 257 + 513 + 262
+log = logging.getLogger(__name__)
+
 LINGER_TIMEOUT: Final = 2.0  # seconds for a refused client to read why
 
-_CONNECTED: Final = (0, errno.EISCONN)
-_UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY, errno.EINTR)
+_UOT: Final[dict[str, Callable[[], Framing]]] = {UOT_NAME: UotFraming, UOT2_NAME: Uot2ServerFraming}
 
 
-class Session:
+class Session(Owner):
     """One client that has been accepted and has not got what it wants yet."""
 
-    __slots__ = ("_addresses", "_client", "_inbox", "_interest", "_port", "_server", "_share", "_state", "_target")
+    __slots__ = ("_answer", "_attempt", "_framing", "_inbox", "_is_connect", "_method", "_server", "_state", "client")
 
-    def __init__(self, server: "Server", client: socket.socket) -> None:
-        """Own the client's socket from now on."""
+    client: Layered
+
+    def __init__(self, server: "Server") -> None:
         self._server = server
-        self._client = client
         self._inbox = b""  #: what has come and is not understood yet
-        self._interest = READ
         self._state: Callable[[Session], None] = Session._greeting
-        self._target: socket.socket | None = None  #: the connection that is being made
-        self._addresses: list[Address] = []  #: still to be tried
-        self._port = 0
-        self._share = 0.0  #: seconds for each address
-        server.add(client, READ, self.ready)
-        server.expect(self, server.handshake_timeout)
+        self._method = NO_AUTHENTICATION
+        self._attempt: Attempt | None = None  #: what is being done about the request
+        self._framing: Framing | None = None  #: what datagrams are to be put into; None for UDP ASSOCIATE
+        self._answer = b""  #: the reply that grants datagrams in a framing
+        self._is_connect = False
 
-    def ready(self, events: int) -> None:
-        """Read what the client sends and go as far as it reaches."""
-        try:
-            data = self._client.recv(READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
+    def attend(self, client: Layered) -> None:
+        """Own the client's stream from now on."""
+        self.client = client
+        self._server.expect(self, self._server.handshake_timeout)
+
+    def received(self, data: bytes) -> None:
+        self._inbox += data  # every state takes what is complete, or holds the stream
+        self._state(self)
+
+    def ended(self) -> None:
+        # A client that waits for its target may have said all that it has to say.
+        if self._state is not Session._wait or not self._is_connect:
             self._give_up("handshake-unfinished")
-            return
-        self._inbox += data  # less than READ_SIZE + 513: every state takes what is complete
-        try:
-            self._state(self)
-        except OSError:
-            self._give_up("handshake-unfinished")
+
+    def lost(self, number: int) -> None:
+        self._give_up("client-reset" if self._state is Session._wait else "handshake-unfinished")
 
     def expire(self) -> None:
-        """Go on to the next address, refuse, or give up, whatever the time was meant for."""
-        if self._target:
-            self._attempt_failed(errno.ETIMEDOUT)
-        else:
-            self._give_up("handshake-timeout" if self._state is not Session._linger else "refused-unread")
+        """Give up."""
+        self._give_up("handshake-timeout" if self._state is not Session._linger else "refused-unread")
 
     def _greeting(self) -> None:
         inbox = self._inbox
@@ -97,19 +109,44 @@ class Session:
         if len(inbox) < 2 or len(inbox) < 2 + inbox[1]:
             return
         end = 2 + inbox[1]
-        offered = inbox[2:end]
+        method = self._choose(inbox[2:end])
         self._inbox = inbox[end:]
-        if self._server.credentials and USERNAME_PASSWORD in offered:
-            self._state = Session._password
-            self._client.send(b"\x05\x02")
-        elif not self._server.credentials and NO_AUTHENTICATION in offered:
-            self._state = Session._request
-            self._client.send(b"\x05\x00")
-        else:
+        if method == NO_ACCEPTABLE_METHOD:
             self._refuse("method-refused", bytes((VERSION, NO_ACCEPTABLE_METHOD)))
             return
-        if self._inbox:
+        self._method = method
+        self._state = Session._request if method in (NO_AUTHENTICATION, GOST_TLS) else Session._password
+        self.client.write(bytes((VERSION, method)))
+        if method not in (NO_AUTHENTICATION, USERNAME_PASSWORD) and self._server.tls:
+            surplus = self._inbox
+            self._inbox = b""
+            self.client.push(self._server.tls.serve(), surplus)
+        elif self._inbox:
             self._state(self)
+
+    def _choose(self, offered: bytes) -> int:
+        """Choose a method; those of gost are TLS from then on, if there is a certificate."""
+        tls = self._server.tls is not None
+        if self._server.credentials:
+            # gost v2 offers 00, 02 and 80, and takes 82, which it did not offer, for "TLS, then the password".
+            if tls and GOST_TLS in offered and (GOST_TLS_PASSWORD in offered or USERNAME_PASSWORD in offered):
+                return GOST_TLS_PASSWORD
+            if tls and GOST1_TLS_PASSWORD in offered:
+                return GOST1_TLS_PASSWORD
+            if USERNAME_PASSWORD in offered:
+                return USERNAME_PASSWORD
+        elif tls and GOST_TLS in offered:
+            return GOST_TLS
+        elif NO_AUTHENTICATION in offered:
+            return NO_AUTHENTICATION
+        if len(offered) == 1 and offered[0] in GOST_CIPHERS:
+            self._server.counters["method-cipher"] += 1
+            log.warning(
+                "a client wants gost's cipher %s (method %#x): only its TLS methods are spoken here, 80, 82 and 8a",
+                GOST_CIPHERS[offered[0]],
+                offered[0],
+            )
+        return NO_ACCEPTABLE_METHOD
 
     def _password(self) -> None:
         inbox = self._inbox
@@ -124,6 +161,8 @@ class Session:
             return
         self._inbox = inbox[end:]
         username, password = self._server.credentials or (b"", b"")
+        if self._method == GOST1_TLS_PASSWORD:
+            username = b""  # gost v1 has a password only
         # Both are always compared, and in constant time, so that the time tells nothing.
         right = hmac.compare_digest(inbox[2:username_end], username)
         right &= hmac.compare_digest(inbox[username_end + 1 : end], password)
@@ -131,7 +170,7 @@ class Session:
             self._refuse("password-refused", b"\x01\x01")
             return
         self._state = Session._request
-        self._client.send(b"\x01\x00")
+        self.client.write(b"\x01\x00")
         if self._inbox:
             self._state(self)
 
@@ -148,151 +187,119 @@ class Session:
         if address is None:
             return
         host, port, end = address
+        asked = inbox[3:end]
         self._inbox = inbox[end:]
+        self._state = Session._wait
+        self._server.settle(self)  # from here on the outbound has timeouts of its own
+        outbound = self._server.outbound
         command = inbox[1]
         if command == CONNECT:
-            self._connect_to(host, port)
+            uot = _UOT.get(host) if isinstance(host, str) else None
+            if uot:
+                self._associate(uot(), write_reply(SUCCEEDED, ("0.0.0.0", 0)))
+            else:
+                self._is_connect = True
+                self._attempt = outbound.connect(self._server, host, port, self)
         elif command == UDP_ASSOCIATE:
-            self._hand_over(udp.associate)
+            self._associate(None, b"")
         elif command == BIND:
-            self._hand_over(lambda server, client, early: bind.bind(server, client, early, host))
+            self._attempt = outbound.bind(self._server, host, port, self)
+        elif command == HEV_UDP:
+            self._associate(HevFraming(), bytes((VERSION, SUCCEEDED, 0)) + asked)  # hev echoes the address
+        elif command == GOST_UDP and port:
+            self.refuse(NOT_ALLOWED, "remote-forward-refused")  # a UDP port of this machine, for anybody
+        elif command == GOST_UDP:
+            self._associate(GostFraming(), b"")
         else:
             self.refuse(COMMAND_NOT_SUPPORTED, "command-not-supported")
 
-    # CONNECT
+    def _wait(self) -> None:
+        """Read no further while the request is being dealt with."""
+        self.client.hold()
 
-    def _connect_to(self, host: Host, port: int) -> None:
-        self._port = port
-        self._server.poller.handlers[self._client.fileno()] = self._client_ready_early
-        if isinstance(host, str):
-            # The resolver has its own timeouts; then it is silent, and the client waits as it would for its own.
-            self._server.settle(self)
-            self._server.resolver.lookup(host, self._resolved)
-        elif len(host) == 4:
-            self._resolved([(socket.AF_INET, socket.inet_ntop(socket.AF_INET, host))])
-        else:
-            self._resolved([(socket.AF_INET6, socket.inet_ntop(socket.AF_INET6, host))])
+    # What the outbound answers: one of these, perhaps before the call that asked for it returns
 
-    def _client_ready_early(self, events: int) -> None:
-        """Leave in the kernel what a client sends before its target is there; only a reset ends it."""
-        if events & FAILED and self._client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._give_up("client-reset")
-        elif self._interest:
-            self._interest = 0
-            self._server.poller.change(self._client.fileno(), 0)
-        elif events & FAILED:
-            self._server.poller.mute(self._client.fileno())
-
-    def _resolved(self, addresses: list[Address]) -> None:
-        if self._state is Session._closed:
-            return  # the client did not wait
-        if not addresses:
-            self.refuse(HOST_UNREACHABLE, "name-unknown")
+    def connected(self, target: Layered, bound: bytes, surplus: bytes = b"") -> None:
+        """Grant a CONNECT; `bound` is the address for the reply."""
+        self._attempt = None
+        if self._state is not Session._wait:
+            target.close()
             return
-        self._addresses = addresses
-        self._share = self._server.connect_timeout / len(addresses)
-        self._try_next()
-
-    def _try_next(self) -> None:
-        family, host = self._addresses.pop(0)
-        try:
-            target = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            self._attempt_failed(error.errno or 0)
-            return
-        target.setblocking(False)
-        target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        target.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        outcome = target.connect_ex((host, self._port))
-        if outcome == errno.EINPROGRESS:
-            # To this machine the handshake is over by now, only connect() could not know: asking again saves a wakeup.
-            outcome = target.connect_ex((host, self._port))
-        self._target = target
-        if outcome in _CONNECTED:
-            self._server.add(target, READ, self._target_ready)
-            self._connected(target)
-        else:
-            self._server.add(target, WRITE, self._target_ready)
-            if outcome in _UNDER_WAY:
-                self._server.expect(self, self._share)
-            else:
-                self._attempt_failed(outcome)
-
-    def _target_ready(self, _: int) -> None:
-        target = self._target
-        if not target:
-            return
-        outcome = target.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if outcome:
-            self._attempt_failed(outcome)
-            return
-        self._server.poller.change(target.fileno(), READ)
-        self._connected(target)
-
-    def _attempt_failed(self, number: int) -> None:
-        if self._target:
-            self._server.close(self._target)
-            self._target = None
-        if self._addresses:
-            self._try_next()
-        else:
-            self.refuse(reply_for(number), f"connect-{errno.errorcode.get(number, number)}")
-
-    def _connected(self, target: socket.socket) -> None:
-        try:
-            reply = success(target)
-            self._client.send(reply)
-        except OSError:
-            self._give_up("client-reset")
-            return
-        self._server.settle(self)
+        self._done()
         self._server.counters["connected"] += 1
-        relay(self._server, self._client, target, self._inbox, self._interest)
+        self.client.write(bytes((VERSION, SUCCEEDED, 0)) + bound)
+        join(self._server, self.client, target, self._inbox, surplus)
 
-    # Ends
-
-    def _hand_over(self, to: Callable[["Server", socket.socket, bytes], None]) -> None:
-        """Let BIND or UDP ASSOCIATE take the client over, unless it cannot even begin."""
+    def associated(self, out: Out) -> None:
+        """Grant datagrams, which go out through `out`."""
+        self._attempt = None
+        if self._state is not Session._wait:
+            out.close()
+            return
         try:
-            to(self._server, self._client, self._inbox)
+            if self._framing:
+                client: FramedClient | UdpClient = FramedClient(
+                    self._server, self.client, self._framing, out, joins=True
+                )
+                answer = self._answer or write_reply(SUCCEEDED, self.client.local)
+            else:
+                client = UdpClient(self._server, self.client, out)
+                answer = client.reply
         except OSError as error:
+            out.close()
             self.refuse(reply_for(error.errno), "socket-refused")
             return
-        self._server.settle(self)
+        self._done()
+        self._server.counters["associated"] += 1
+        self.client.write(answer)
+        client.begin(self._inbox)
+
+    def take(self) -> tuple[Layered, bytes]:
+        """Give the client and what it has sent already away, to whom grants the request in several steps."""
+        self._attempt = None
+        self._done()
+        return self.client, self._inbox
 
     def refuse(self, reply: int, reason: str) -> None:
         """Answer the request with a REP code other than success."""
-        self._refuse(reason, refusal(reply))
+        self._attempt = None
+        if self._state not in (Session._linger, Session._over):
+            self._refuse(reason, refusal(reply))
+
+    # Ends
+
+    def _associate(self, framing: Framing | None, answer: bytes) -> None:
+        self._framing = framing
+        self._answer = answer
+        self._attempt = self._server.outbound.associate(self._server, self)
 
     def _refuse(self, reason: str, answer: bytes) -> None:
         self._server.counters[reason] += 1
         # Closing with bytes unread would send RST, which may overtake the answer: send FIN, and wait for the client's.
         self._inbox = b""
         self._state = Session._linger
-        fd = self._client.fileno()
-        self._server.poller.handlers[fd] = self.ready
-        if self._interest != READ:
-            self._interest = READ
-            self._server.poller.change(fd, READ)
         self._server.expect(self, LINGER_TIMEOUT)
-        try:
-            self._client.send(answer)
-            self._client.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._give_up(None)
+        self.client.write(answer)
+        self.client.finish()
+        self.client.go_on()
 
     def _linger(self) -> None:
         self._inbox = b""
 
-    def _closed(self) -> None:
+    def _over(self) -> None:
         self._inbox = b""
 
-    def _give_up(self, reason: str | None) -> None:
-        if reason and self._state is not Session._linger:
-            self._server.counters[reason] += 1
-        self._state = Session._closed
+    def _done(self) -> None:
+        self._state = Session._over
         self._server.settle(self)
-        self._server.close(self._client)
-        if self._target:
-            self._server.close(self._target)
-            self._target = None
+
+    def _give_up(self, reason: str) -> None:
+        if self._state is Session._over:
+            return
+        if self._state is not Session._linger:
+            self._server.counters[reason] += 1
+        self._done()
+        if self._attempt:
+            self._attempt.cancel()
+            self._attempt = None
+        self.client.close()

@@ -19,6 +19,23 @@ NO_AUTHENTICATION: Final = 0x00
 USERNAME_PASSWORD: Final = 0x02
 NO_ACCEPTABLE_METHOD: Final = 0xFF
 
+# Methods of gost. The TLS ones begin a handshake behind the method's answer; the request follows inside, after
+# RFC 1929 where there is a password. 82 has been AES before it was TLS (gost v1), 88 RC4.
+GOST_TLS: Final = 0x80
+GOST_TLS_PASSWORD: Final = 0x82
+GOST1_TLS_PASSWORD: Final = 0x8A
+GOST_CIPHERS: Final = {
+    0x81: "aes-128-cfb",
+    0x82: "aes-192-cfb",
+    0x83: "aes-256-cfb",
+    0x84: "des-cfb",
+    0x85: "bf-cfb",
+    0x86: "cast5-cfb",
+    0x87: "rc4-md5",
+    0x88: "rc4",
+    0x89: "table",
+}
+
 # Commands
 CONNECT: Final = 1
 BIND: Final = 2
