@@ -28,6 +28,7 @@ class ProxyHealth:
         self._said = False  # the log has it as unreachable
         self._said_at = -QUIET
         self._timer: Timer | None = None
+        self._error = ""
 
     @property
     def down(self) -> bool:
@@ -52,6 +53,12 @@ class ProxyHealth:
         if self._said:
             self._said = False
             log.warning("proxy %s is back", self._name)
+
+    def answers_wrong(self, error: str) -> None:
+        """Say what the proxy answers instead of what it should; each kind once in a row, whoever saw it."""
+        if error != self._error:
+            self._error = error
+            log.warning("proxy %s: %s", self._name, error)
 
     def forget(self, reporter: Hashable) -> None:
         """Note that a reporter died; its word counts until somebody knows better."""

@@ -1,15 +1,17 @@
-"""Ask a SOCKS5 proxy what it can do: reach it, log in, CONNECT, UDP ASSOCIATE; runs on any system.
+"""Ask a proxy what it can do: reach it, log in, CONNECT, UDP in each way that it may have; runs on any system.
 
     proxy ─ login ─┬─ connect-ipv4
                    ├─ connect-ipv6
                    ├─ connect-name
                    └─ udp-associate ─┬─ udp-ipv4    a DNS query through an association,
-                                     └─ udp-ipv6    to a resolver of that family
+                                     ├─ udp-ipv6    to a resolver of that family
+                                     └─ pipelined   method, password and CONNECT in one go
 
-What stands in one column is asked at the same time, and each row ends within `timeout`.
+What stands in one column is asked at the same time, and each row ends within `timeout`. What a kind of proxy does not
+have (login and UDP of HTTP and SOCKS4) is not asked.
 
-CONNECT is asked through PySocks, an independent client. Login and UDP ASSOCIATE are spoken here: PySocks hides the
-method chosen, declares an address that strict servers refuse, and never looks at the answered one.
+CONNECT by SOCKS5 is asked through PySocks, an independent client. Login and UDP ASSOCIATE are spoken here: PySocks
+hides the method chosen, declares an address that strict servers refuse, and never looks at the answered one.
 """
 
 import ipaddress
@@ -17,27 +19,33 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Literal, NamedTuple
 
 import dpkt
 import socks
 
-from gateway.proxyurl import ProxyUrl
+from gateway.conversation import Address, Conversation, ProbeError, mark
+from gateway.proxyurl import WITHOUT_PROXY, ProxyUrl
+from workers.socks.client import SocksHandshake
+from workers.socks.handshake import Handshake
+from workers.socks.wire import (
+    ADDRESS_TYPE_NOT_SUPPORTED,
+    COMMAND_NOT_SUPPORTED,
+    CONNECT,
+    REPLY_TEXT,
+    UDP_ASSOCIATE,
+    Host,
+    datagram_header_length,
+    write_datagram_header,
+)
+from workers.upstream import handshakes
 
 Result = Literal["works", "understood", "fails", "unknown"]
-Address = tuple[str, int]
+Seen = tuple[Result, str]
+Row = tuple[str, Callable[[], Seen]]
 
-REPLIES: Final = {  # RFC 1928, section 6
-    1: "general failure",
-    2: "not allowed by the ruleset",
-    3: "network unreachable",
-    4: "host unreachable",
-    5: "connection refused",
-    6: "TTL expired",
-    7: "command not supported",
-    8: "address type not supported",
-}
-_NOT_UNDERSTOOD: Final = (7, 8)
+_NOT_UNDERSTOOD: Final = (COMMAND_NOT_SUPPORTED, ADDRESS_TYPE_NOT_SUPPORTED)
 
 # Asked when nobody names a target: well known, and an answer of any kind shows that the proxy takes the request.
 DEFAULT_TARGETS: Final[tuple[Address, ...]] = (
@@ -58,10 +66,6 @@ class Finding(NamedTuple):
     milliseconds: float
 
 
-class ProbeError(Exception):
-    """A step of the probe that failed; its text says what was seen."""
-
-
 def probe(
     proxy: ProxyUrl,
     *,
@@ -71,41 +75,43 @@ def probe(
     timeout: float = 5.0,
 ) -> list[Finding]:
     """Probe `proxy`; takes at most about four times `timeout` seconds, and raises nothing."""
-    if proxy.scheme == "direct":
-        return [Finding("proxy", "works", "direct:// asks no proxy", 0.0)]
+    if proxy.scheme in WITHOUT_PROXY:
+        return [Finding("proxy", "works", f"{proxy.scheme}:// asks no proxy", 0.0)]
     reached: list[Address] = []
 
-    def reach() -> tuple[Result, str]:
-        connection = _connect(proxy, timeout)
-        with connection:
+    def reach() -> Seen:
+        with _connect(proxy, timeout) as connection:
             reached.append(connection.getpeername()[:2])
         host, port = reached[0]
         return "works", f"TCP connection to {host} port {port}"
 
-    findings = _at_once([("proxy", reach)], timeout)
+    findings = at_once([("proxy", reach)], timeout)
     if findings[0].result != "works":
         return findings
     # Later rows use the address that answered: a name may stand for one that does not.
-    server = _Server(proxy, *reached[0], timeout)
-    findings += _at_once([("login", server.login)], timeout)
-    if findings[1].result != "works":
-        return findings
-    rows: list[tuple[str, Callable[[], tuple[Result, str]]]] = []
+    server = Server(proxy, reached[0], timeout)
+    is_socks5 = proxy.scheme in ("socks5", "socks5h")
+    if is_socks5:
+        findings += at_once([("login", server.login)], timeout)
+        if findings[1].result != "works":
+            return findings
+    rows: list[Row] = []
     for target in targets or DEFAULT_TARGETS:
-        rows.append((f"connect-{_kind(target[0])}", lambda target=target: server.connect(target)))  # type: ignore[misc]
-    rows.append(("udp-associate", lambda: server.associate(udp_address)))
-    findings += _at_once(rows, timeout)
-    if findings[-1].result != "works":
-        return findings
+        ask = server.connect_by_pysocks if is_socks5 else server.connect
+        rows.append((f"connect-{_kind(target[0])}", partial(ask, target)))
+    if not is_socks5:
+        return findings + at_once(rows, timeout)
+    rows.append(("udp-associate", partial(server.associate, udp_address)))
+    findings += at_once(rows, timeout)
+    has_udp = findings[-1].result == "works"
     rows = []
-    for family in (4, 6):
+    for family in (4, 6) if has_udp else ():
         of_family = [one for one in resolvers if ipaddress.ip_address(one).version == family]
         resolver = of_family[0] if of_family else DEFAULT_RESOLVER6 if family == 6 else None
         if resolver:
-            rows.append(
-                (f"udp-ipv{family}", lambda resolver=resolver: server.ask_dns(resolver, udp_address))  # type: ignore[misc]
-            )
-    return findings + _at_once(rows, timeout)
+            rows.append((f"udp-ipv{family}", partial(server.ask_dns, resolver, udp_address)))
+    rows.append(("pipelined", partial(server.pipelined, (targets or DEFAULT_TARGETS)[0])))
+    return findings + at_once(rows, timeout)
 
 
 def _kind(host: str) -> str:
@@ -115,12 +121,12 @@ def _kind(host: str) -> str:
         return "name"
 
 
-def _at_once(rows: Sequence[tuple[str, Callable[[], tuple[Result, str]]]], timeout: float) -> list[Finding]:
+def at_once(rows: Sequence[Row], timeout: float) -> list[Finding]:
     """Run the rows in threads of their own; one that is not done in time is given up (a resolver cannot be stopped)."""
     done: dict[int, Finding] = {}
     started = time.monotonic()
 
-    def run(index: int, name: str, row: Callable[[], tuple[Result, str]]) -> None:
+    def run(index: int, name: str, row: Callable[[], Seen]) -> None:
         try:
             result, seen = row()
         except ProbeError as error:
@@ -158,24 +164,30 @@ def _connect(proxy: ProxyUrl, timeout: float) -> socket.socket:
         raise ProbeError(f"no TCP connection to {proxy.host} port {proxy.port}: {error.strerror}") from None
 
 
-class _Server:
-    """A proxy that was reached at `host`, `port`."""
+class Server:
+    """A proxy that was reached at an address."""
 
-    def __init__(self, proxy: ProxyUrl, host: str, port: int, timeout: float) -> None:
+    def __init__(self, proxy: ProxyUrl, address: Address, timeout: float, fwmark: int = 0, interface: str = "") -> None:
+        """Each question may take `timeout` seconds; sockets get the mark and interface, but for PySocks'."""
         self.proxy = proxy
-        self.host = host
-        self.port = port
+        self.address = address
         self.timeout = timeout
-        self.family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._marks = fwmark, interface
+        self._handshake = handshakes(proxy.scheme, proxy.username or None, proxy.password or None)
+
+    def talk(self) -> Conversation:
+        """Open a connection."""
+        return Conversation(self.address, self.timeout, *self._marks)
 
     # -- login --
 
-    def login(self) -> tuple[Result, str]:
+    def login(self) -> Seen:
         """Negotiate the method and, where asked, user and password."""
-        with _Conversation(self.host, self.port, self.timeout) as talk:
+        with self.talk() as talk:
             return "works", self._log_in(talk)
 
-    def _log_in(self, talk: "_Conversation") -> str:
+    def _log_in(self, talk: Conversation) -> str:
         username, password = self.proxy.username.encode(), self.proxy.password.encode()
         # 02 only with credentials at hand: 3proxy picks it whenever it is offered.
         talk.send(b"\x05\x02\x00\x02" if username else b"\x05\x01\x00")
@@ -198,17 +210,40 @@ class _Server:
 
     # -- CONNECT --
 
-    def connect(self, target: Address) -> tuple[Result, str]:
+    def connect(self, target: Address) -> Seen:
+        """CONNECT to `target` by our own handshake, of whatever kind; any answer shows that it is understood."""
+        return self._connect(target, self._handshake(CONNECT, _packed(target[0]), target[1]))
+
+    def pipelined(self, target: Address) -> Seen:
+        """The same by SOCKS5, with method, user and password, and request in one go: some servers hang then."""
+        handshake = SocksHandshake(
+            CONNECT,
+            _packed(target[0]),
+            target[1],
+            self.proxy.username or None,
+            self.proxy.password or None,
+            pipelined=True,
+        )
+        _, seen = self._connect(target, handshake)
+        return "works", f"in one go: {seen}"  # any answer shows it
+
+    def _connect(self, target: Address, handshake: Handshake) -> Seen:
+        what = f"CONNECT {shown(target)}"
+        with self.talk() as talk:
+            talk.ask(handshake, what)
+        if not handshake.reply:
+            return "works", f"{what}: connected"
+        return _judged(handshake.reply), f"{what}: {REPLY_TEXT.get(handshake.reply, f'REP {handshake.reply:02x}')}"
+
+    def connect_by_pysocks(self, target: Address) -> Seen:
         """CONNECT to `target` by PySocks; an answer with a reply code shows that the request is understood."""
-        host, port = target
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        where = shown(target)
         client = socks.socksocket(self.family, socket.SOCK_STREAM)
         with client:
             client.settimeout(self.timeout)
             client.set_proxy(
                 socks.SOCKS5,
-                self.host,
-                self.port,
+                *self.address,
                 rdns=True,
                 username=self.proxy.username or None,
                 password=self.proxy.password or None,
@@ -218,7 +253,7 @@ class _Server:
             watchdog = threading.Timer(self.timeout, _end, (client, ended))
             watchdog.start()
             try:
-                client.connect((host, port))
+                client.connect(target)
             except socks.ProxyError as error:
                 if ended.is_set():
                     raise ProbeError(f"CONNECT {where}: no answer in {self.timeout:g} s") from None
@@ -227,7 +262,7 @@ class _Server:
                 watchdog.cancel()
             return "works", f"CONNECT {where}: connected"
 
-    def _refusal(self, where: str, error: socks.ProxyError) -> tuple[Result, str]:
+    def _refusal(self, where: str, error: socks.ProxyError) -> Seen:
         # PySocks wraps what happened in "Socket error", the reply code as well: "0x05: Connection refused".
         inner = error.socket_err if error.socket_err is not None else error
         if isinstance(inner, TimeoutError):
@@ -237,51 +272,96 @@ class _Server:
         code = _reply_code(inner.msg) if isinstance(inner, socks.SOCKS5Error) else None
         if code is None:
             raise ProbeError(f"CONNECT {where}: {inner.msg}")
-        seen = f"CONNECT {where}: REP {code:02x}, {REPLIES.get(code, 'not a code of RFC 1928')}"
-        return "fails" if code in _NOT_UNDERSTOOD or code not in REPLIES else "understood", seen
+        return _judged(code), f"CONNECT {where}: {reply_text(code)}"
 
     # -- UDP --
 
-    def associate(self, udp_address: str) -> tuple[Result, str]:
+    def associate(self, udp_address: str) -> Seen:
         """UDP ASSOCIATE; says where the relay is told to be, and where datagrams would go."""
-        with _Conversation(self.host, self.port, self.timeout) as talk:
+        with self.talk() as talk:
             told, used = self._associate(talk, udp_address)
-        note = "" if told == used else f"; datagrams go to {_shown(used)}"
-        return "works", f"relay at {_shown(told)}{note}"
+        note = "" if told == used else f"; datagrams go to {shown(used)}"
+        return "works", f"relay at {shown(told)}{note}"
 
-    def _associate(self, talk: "_Conversation", udp_address: str) -> tuple[Address, Address]:
+    def _associate(self, talk: Conversation, udp_address: str) -> tuple[Address, Address]:
+        told = self.command(talk, UDP_ASSOCIATE, "UDP ASSOCIATE")
+        return told, (_relay(told[0], self.address[0], udp_address), told[1])
+
+    def command(self, talk: Conversation, command: int, what: str) -> Address:
+        """Log in and ask for a command that takes zeros; return BND. ProbeError: refused."""
         self._log_in(talk)
         # Zeros of the control connection's family: "from anywhere" (RFC 1928, section 7); dante refuses :: on IPv4.
         zeros = b"\x04" + bytes(18) if self.family == socket.AF_INET6 else b"\x01" + bytes(6)
-        talk.send(b"\x05\x03\x00" + zeros)
-        head = talk.receive(4, "the answer to UDP ASSOCIATE")
+        talk.send(b"\x05" + command.to_bytes() + b"\x00" + zeros)
+        head = talk.receive(4, f"the answer to {what}")
         if head[0] != 5:
-            raise ProbeError(f"answered {head.hex(' ')} to UDP ASSOCIATE")
+            raise ProbeError(f"answered {head.hex(' ')} to {what}")
         if head[1] != 0:
-            raise ProbeError(f"UDP ASSOCIATE: REP {head[1]:02x}, {REPLIES.get(head[1], 'not a code of RFC 1928')}")
-        told = talk.receive_address(head[3])
-        return told, (_relay(told[0], self.host, udp_address), told[1])
+            raise ProbeError(f"{what}: {reply_text(head[1])}")
+        return talk.receive_address(head[3])
 
-    def ask_dns(self, resolver: str, udp_address: str) -> tuple[Result, str]:
+    def ask_dns(self, resolver: str, udp_address: str) -> Seen:
         """Send one DNS query through an association of its own and wait for the answer."""
-        query = dpkt.dns.DNS(id=int.from_bytes(_QUESTION.encode()[:2], "big"), op=dpkt.dns.DNS_RD)
-        query.qd = [dpkt.dns.DNS.Q(name=_QUESTION, type=dpkt.dns.DNS_A)]
-        packed = ipaddress.ip_address(resolver).packed
-        header = b"\0\0\0" + (b"\x01" if len(packed) == 4 else b"\x04") + packed + (53).to_bytes(2, "big")
-        with _Conversation(self.host, self.port, self.timeout) as talk:
+        query_id, query = dns_query()
+        header = write_datagram_header(_packed(resolver), 53)
+        with self.talk() as talk:
             _, relay = self._associate(talk, udp_address)
             family = socket.AF_INET6 if ":" in relay[0] else socket.AF_INET
             with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
+                mark(datagrams, *self._marks)
                 datagrams.connect(relay)
-                datagrams.send(header + bytes(query))
+                datagrams.send(header + query)
                 datagrams.settimeout(talk.left())
                 try:
                     answer = datagrams.recv(65535)
                 except TimeoutError:
                     return "unknown", f"the relay took a query to {resolver}, no answer came"
                 except ConnectionError:
-                    raise ProbeError(f"nothing listens at {_shown(relay)}, where the relay should be") from None
-        return "works", _dns_answer(answer, query.id, resolver)
+                    raise ProbeError(f"nothing listens at {shown(relay)}, where the relay should be") from None
+        return "works", dns_answer(answer, query_id, resolver)
+
+
+def _judged(code: int) -> Result:
+    return "fails" if code in _NOT_UNDERSTOOD or code not in REPLY_TEXT else "understood"
+
+
+def reply_text(code: int) -> str:
+    """Return a REP code and what it means."""
+    return f"REP {code:02x}, {REPLY_TEXT.get(code, 'not a code of RFC 1928')}"
+
+
+def shown(address: Address) -> str:
+    """Return an address as people write it."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def dns_query() -> tuple[int, bytes]:
+    """Return the id and the bytes of a query that every resolver can answer."""
+    query = dpkt.dns.DNS(id=int.from_bytes(_QUESTION.encode()[:2], "big"), op=dpkt.dns.DNS_RD)
+    query.qd = [dpkt.dns.DNS.Q(name=_QUESTION, type=dpkt.dns.DNS_A)]
+    return query.id, bytes(query)
+
+
+def dns_answer(datagram: bytes, query_id: int, resolver: str) -> str:
+    """Say what a SOCKS datagram answers to the query. ProbeError: it does not."""
+    length = datagram_header_length(datagram)
+    if not length or len(datagram) <= length:
+        raise ProbeError(f"the relay answered {len(datagram)} bytes that are no SOCKS datagram")
+    try:
+        message = dpkt.dns.DNS(datagram[length:])
+    except (dpkt.UnpackError, IndexError, UnicodeError):
+        raise ProbeError("the answer through the relay is no DNS message") from None
+    if message.id != query_id or message.qr != dpkt.dns.DNS_R:
+        raise ProbeError("the answer through the relay belongs to another question")
+    return f"DNS answer from {resolver}: {len(message.an)} records, code {message.rcode}"
+
+
+def _packed(host: str) -> Host:
+    try:
+        return ipaddress.ip_address(host).packed
+    except ValueError:
+        return host
 
 
 def _end(client: socket.socket, ended: threading.Event) -> None:
@@ -312,76 +392,3 @@ def _relay(told: str, peer: str, udp_address: str) -> str:
     if address.is_unspecified or address.version != other.version:
         return peer
     return told if udp_address == "as-told" or address.is_global else peer
-
-
-def _dns_answer(datagram: bytes, query_id: int, resolver: str) -> str:
-    lengths = {1: 10, 4: 22, 3: 7 + (datagram[4] if len(datagram) > 4 else 0)}
-    if len(datagram) < 5 or datagram[3] not in lengths or len(datagram) <= lengths[datagram[3]]:
-        raise ProbeError(f"the relay answered {len(datagram)} bytes that are no SOCKS datagram")
-    try:
-        message = dpkt.dns.DNS(datagram[lengths[datagram[3]] :])
-    except (dpkt.UnpackError, IndexError, UnicodeError):
-        raise ProbeError("the answer through the relay is no DNS message") from None
-    if message.id != query_id or message.qr != dpkt.dns.DNS_R:
-        raise ProbeError("the answer through the relay belongs to another question")
-    return f"DNS answer from {resolver}: {len(message.an)} records, code {message.rcode}"
-
-
-def _shown(address: Address) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class _Conversation:
-    """A TCP connection to the proxy that ends at one moment, however slowly the other side drips."""
-
-    def __init__(self, host: str, port: int, timeout: float) -> None:
-        self.timeout = timeout
-        self.ends_at = time.monotonic() + timeout
-        self.socket = socket.create_connection((host, port), timeout)
-
-    def __enter__(self) -> "_Conversation":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.socket.close()
-
-    def left(self) -> float:
-        """Return the seconds that are left; TimeoutError when there are none."""
-        left = self.ends_at - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-    def send(self, data: bytes) -> None:
-        """Send all of it."""
-        self.socket.settimeout(self.left())
-        self.socket.sendall(data)
-
-    def receive(self, count: int, what: str) -> bytes:
-        """Read exactly `count` bytes of `what`."""
-        data = b""
-        while len(data) < count:
-            try:
-                self.socket.settimeout(self.left())
-                more = self.socket.recv(count - len(data))
-            except TimeoutError:
-                raise ProbeError(f"{what} did not come in {self.timeout:g} s{_so_far(data)}") from None
-            if not more:
-                raise ProbeError(f"the proxy closed the connection instead of {what}{_so_far(data)}")
-            data += more
-        return data
-
-    def receive_address(self, kind: int) -> Address:
-        """Read the rest of a SOCKS address of type `kind`."""
-        if kind == 3:
-            host = self.receive(self.receive(1, "an address")[0], "an address").decode("ascii", "replace")
-        elif kind in (1, 4):
-            host = str(ipaddress.ip_address(self.receive(4 if kind == 1 else 16, "an address")))
-        else:
-            raise ProbeError(f"answered an address of type {kind:02x}")
-        return host, int.from_bytes(self.receive(2, "a port"), "big")
-
-
-def _so_far(data: bytes) -> str:
-    return f" (so far {data.hex(' ')})" if data else ""

@@ -245,6 +245,8 @@ class Supervisor:
                 self._lookup.refresh()
         elif event == "proxy-up":
             self._health.is_up()
+        elif event == "proxy-error":
+            self._health.answers_wrong(printable(message.get("text", "")))
 
     def _watch_device(self) -> None:
         """Look now and then: to wait for its end in epoll would make each of its packets a little slower."""

@@ -31,6 +31,7 @@ _PACKAGES: Final = {
     "supervisorctl": "supervisor",
     "supervisord": "supervisor",
     "systemd-analyze": "systemd",
+    "tinyproxy": "tinyproxy-bin",
 }
 
 

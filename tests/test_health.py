@@ -138,3 +138,12 @@ def test_without_an_address(loop, said):
     assert health.down
     probe.close()
     assert "its name has no address yet" in said()[0]
+
+
+def test_wrong_answers_are_said_once_in_a_row(loop, said):
+    health = ProxyHealth(loop, "p:1080")
+    for error in ("no SOCKS5 proxy", "no SOCKS5 proxy", "refuses the password", "no SOCKS5 proxy"):
+        health.answers_wrong(error)
+    assert said() == [
+        f"proxy p:1080: {error}" for error in ("no SOCKS5 proxy", "refuses the password", "no SOCKS5 proxy")
+    ]

@@ -72,10 +72,11 @@ def test_refusals(status, reply):
     assert outcome(shake) == (True, reply, None, b"")
 
 
+@pytest.mark.parametrize("status", [401, 407])
 @pytest.mark.parametrize(("credentials", "says"), [("", "wants a username"), ("Basic x", "refuses the username")])
-def test_authentication(credentials, says):
+def test_authentication(credentials, says, status):
     with pytest.raises(ProtocolError, match=says) as caught:
-        handshake(credentials).receive(b'HTTP/1.1 407 No\r\nProxy-Authenticate: Basic realm="x"\r\n\r\n')
+        handshake(credentials).receive(b'HTTP/1.1 %d No\r\nProxy-Authenticate: Basic realm="x"\r\n\r\n' % status)
     assert caught.value.reason == "password-refused"
 
 
@@ -126,7 +127,7 @@ def test_any_bytes(data):
 )
 def test_h11_sees_the_same(status, fields, surplus):
     h11 = pytest.importorskip("h11")
-    if status == 407:
+    if status in (401, 407):
         return
     stream = f"HTTP/1.1 {status} Reason\r\n".encode()
     stream += b"".join(f"{name}: {value}\r\n".encode() for name, value in fields) + b"\r\n" + surplus

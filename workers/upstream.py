@@ -23,14 +23,14 @@ class Upstream:
     """Makes sockets with the mark and interface of the configuration, and knows which proxy address is in use."""
 
     def __init__(self, settings: Settings, report: Callable[[dict[str, str]], None]) -> None:
-        """`report` takes the events proxy-down, proxy-up and warning for the supervisor."""
+        """`report` takes the events proxy-down, proxy-up and proxy-error for the supervisor."""
         scheme = settings.scheme
         self.direct = scheme == "direct"
         self.rejects = scheme == "reject"  #: everything is refused, nobody is asked
         self.associates = scheme in ("socks5", "socks5h")  #: UDP ASSOCIATE is worth asking for
         #: (command, host, port) → what to say to the proxy; one that is `done` at once has refused without asking.
         #: ValueError: the host does not fit
-        self.handshake: Callable[[int, Host, int], Handshake] = _handshakes(settings)
+        self.handshake: Callable[[int, Host, int], Handshake] = handshakes(scheme, settings.username, settings.password)
         self._mark = settings.fwmark
         self._interface = settings.interface.encode()
         self._report = report
@@ -86,14 +86,12 @@ class Upstream:
         """Report what the proxy answered that is no answer, each kind once in a row; True: it refuses us."""
         if error.reason != self._protocol_error:
             self._protocol_error = error.reason
-            self._report({"event": "warning", "text": str(error)})
+            self._report({"event": "proxy-error", "text": str(error)})
         return error.reason in AUTHENTICATION_REASONS
 
 
-def _handshakes(settings: Settings) -> Callable[[int, Host, int], Handshake]:
+def handshakes(scheme: str, username: str | None, password: str | None) -> Callable[[int, Host, int], Handshake]:
     """Return what makes the handshakes of a scheme."""
-    scheme = settings.scheme
-    username, password = settings.username, settings.password
     if scheme in ("socks4", "socks4a"):
         return partial(socks4_handshake, user=username or "", names=scheme == "socks4a")
     if scheme == "http":

@@ -8,7 +8,8 @@ import click
 
 from gateway.cli.options import ConfiguredCommand, configuration, configuration_options
 from gateway.config import Config, ConfigError, parse_proxy
-from gateway.probe import Address, Finding, probe
+from gateway.conversation import Address
+from gateway.probe import Finding, probe
 
 _MARKS: Final = {
     "works": "[green]works[/]",

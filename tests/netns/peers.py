@@ -9,6 +9,8 @@
 | microsocks | no | refuses pipelining and split messages; user and password |
 | ssh | no | OpenSSH -D: ends the connection instead of answering with a code |
 | embedded | yes | `ringway proxy` |
+| v2ray-http, tinyproxy, privoxy, pproxy | no | HTTP CONNECT: each a head of its own; "Connection: close" (pproxy) |
+| dante, v2ray and ssh by SOCKS4 | no | 4: IPv4 only; 4a (not dante): names, an IPv6 address among them |
 """
 
 import json
@@ -31,6 +33,7 @@ from tests.peers import find, need, need_module
 
 PORT: Final = 1080
 USER, PASSWORD = "ring", "w@y:1/ü"
+SIMPLE_PASSWORD: Final = "waypoint1"  # what tinyproxy's grammar takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,16 @@ class Peer:
     ipv6: bool = True  #: reaches IPv6 targets by TCP
     udp_ipv6: bool = False
     authentication: bool = False  #: asks for USER and PASSWORD
+    scheme: str = "socks5"
+    module: tuple[str, str] = ("", "")  #: a Python module that must be installed, and its package
 
 
 def require(peer: Peer, *programs: str) -> None:
     """Skip or fail the test, as tests/peers.py says, where a program is missing."""
     for program in (*peer.programs, *programs):
         need(program)
-    if peer is ASYNCIO:
-        need_module("asyncio_socks_server", "asyncio-socks-server")
+    if peer.module[0]:
+        need_module(*peer.module)
 
 
 class RunningPeer:
@@ -76,8 +81,9 @@ class RunningPeer:
     def url(self) -> str:
         from urllib.parse import quote
 
-        login = f"{quote(USER, safe='')}:{quote(PASSWORD, safe='')}@" if self.peer.authentication else ""
-        return f"socks5://{login}{self.host}:{PORT}"
+        password = SIMPLE_PASSWORD if self.peer is TINYPROXY else PASSWORD
+        login = f"{quote(USER, safe='')}:{quote(password, safe='')}@" if self.peer.authentication else ""
+        return f"{self.peer.scheme}://{login}{self.host}:{PORT}"
 
     def start(self) -> None:
         with open(self._log, "ab") as log:
@@ -172,6 +178,32 @@ def _v2ray(directory: Path, host: str) -> list[list[str]]:
     return [["v2ray", "-config", str(directory / "config.json")]]
 
 
+def _v2ray_http(directory: Path, host: str) -> list[list[str]]:
+    inbound = {"listen": host, "port": PORT, "protocol": "http", "settings": {}}
+    (directory / "config.json").write_text(
+        json.dumps({"log": {"loglevel": "warning"}, "inbounds": [inbound], "outbounds": [{"protocol": "freedom"}]})
+    )
+    return [["v2ray", "-config", str(directory / "config.json")]]
+
+
+def _tinyproxy(directory: Path, host: str) -> list[list[str]]:
+    (directory / "tinyproxy.conf").write_text(
+        f"Port {PORT}\nListen {host}\nTimeout 600\nMaxClients 100\nBasicAuth {USER} {SIMPLE_PASSWORD}\n"
+    )
+    return [["tinyproxy", "-d", "-c", str(directory / "tinyproxy.conf")]]
+
+
+def _privoxy(directory: Path, host: str) -> list[list[str]]:
+    (directory / "config").write_text(
+        f"confdir {directory}\nlogdir {directory}\nlisten-address {host}:{PORT}\ntoggle 0\n"
+    )
+    return [["privoxy", "--no-daemon", str(directory / "config")]]
+
+
+def _pproxy(directory: Path, host: str) -> list[list[str]]:
+    return [[sys.executable, "-m", "pproxy", "-l", f"http://{host}:{PORT}"]]
+
+
 def _asyncio(directory: Path, host: str) -> list[list[str]]:
     return [[str(Path(sys.executable).with_name("asyncio_socks_server")), "-H", host, "-P", str(PORT)]]
 
@@ -228,8 +260,26 @@ EMBEDDED: Final = Peer("embedded", (), _embedded, udp=True, udp_ipv6=True)
 DANTE: Final = Peer("dante", ("danted",), _dante, udp=True)
 SHADOWSOCKS: Final = Peer("shadowsocks", ("ss-local", "ss-server"), _shadowsocks, udp=True, udp_ipv6=True)
 V2RAY: Final = Peer("v2ray", ("v2ray",), _v2ray, udp=True, udp_ipv6=True)
-ASYNCIO: Final = Peer("asyncio-socks-server", (), _asyncio, udp=True, ipv6=False)
+ASYNCIO: Final = Peer(
+    "asyncio-socks-server",
+    (),
+    _asyncio,
+    udp=True,
+    ipv6=False,
+    module=("asyncio_socks_server", "asyncio-socks-server"),
+)
 MICROSOCKS: Final = Peer("microsocks", ("microsocks",), _microsocks)
 MICROSOCKS_PASSWORD: Final = Peer("microsocks-password", ("microsocks",), _microsocks_password, authentication=True)
 SSH: Final = Peer("ssh", ("ssh", "sshd", "ssh-keygen"), _ssh)
 REAL: Final[Sequence[Peer]] = (DANTE, SHADOWSOCKS, V2RAY, ASYNCIO, MICROSOCKS, MICROSOCKS_PASSWORD, SSH)
+
+DANTE_4: Final = Peer("dante-socks4", ("danted",), _dante, ipv6=False, scheme="socks4")
+V2RAY_4A: Final = Peer("v2ray-socks4a", ("v2ray",), _v2ray, ipv6=False, scheme="socks4a")
+SSH_4: Final = Peer("ssh-socks4", ("ssh", "sshd", "ssh-keygen"), _ssh, ipv6=False, scheme="socks4")
+SSH_4A: Final = Peer("ssh-socks4a", ("ssh", "sshd", "ssh-keygen"), _ssh, scheme="socks4a")
+V2RAY_HTTP: Final = Peer("v2ray-http", ("v2ray",), _v2ray_http, scheme="http")
+TINYPROXY: Final = Peer("tinyproxy", ("tinyproxy",), _tinyproxy, scheme="http", authentication=True)
+PRIVOXY: Final = Peer("privoxy", ("privoxy",), _privoxy, scheme="http")
+PPROXY: Final = Peer("pproxy", (), _pproxy, scheme="http", ipv6=False, module=("pproxy", "pproxy"))
+#: those that are no SOCKS5 servers
+OTHER_KINDS: Final[Sequence[Peer]] = (DANTE_4, V2RAY_4A, SSH_4, SSH_4A, V2RAY_HTTP, TINYPROXY, PRIVOXY, PPROXY)

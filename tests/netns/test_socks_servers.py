@@ -1,4 +1,4 @@
-"""Real SOCKS servers behind the gateway, each with its own ways: TCP, UDP, names, passwords, and dig."""
+"""Real SOCKS and HTTP servers behind the gateway, each with its own ways: TCP, UDP, names, passwords, and dig."""
 
 import threading
 
@@ -10,8 +10,10 @@ from tests.netns.peers import (
     DANTE,
     EMBEDDED,
     MICROSOCKS_PASSWORD,
+    OTHER_KINDS,
     REAL,
     SHADOWSOCKS,
+    TINYPROXY,
     Peer,
     RunningPeer,
     require,
@@ -73,6 +75,56 @@ def test_everything_through(world: World, peer: Peer, placement: str) -> None:
         if peer.ipv6 and (peer.udp_ipv6 or not peer.udp):
             assert dig(world, f"@{TARGET6}", "name.test", "A", "+short").split() == [ANSWER4]
         eventually(lambda: ringway.flows() < 10, "the flows are forgotten", 10)
+
+
+@pytest.mark.parametrize("peer", OTHER_KINDS, ids=lambda peer: peer.name)
+def test_other_kinds_of_proxy(world: World, peer: Peer) -> None:
+    """SOCKS4, 4a and HTTP CONNECT carry TCP; questions go over TCP, other datagrams are refused at once."""
+    require(peer, "dig")
+    with (
+        RunningPeer(peer, world.net) as server,
+        Target(world.net) as target,
+        UdpTarget(world.net, TARGET4) as udp,
+        NameServer(world.net) as names,
+        Ringway(world, "-p", server.url) as ringway,
+    ):
+        gw = world.gw
+        download(gw, TARGET4, target.port, 8 << 20)
+        _short_flows(world, TARGET4, target.port, 40)
+        if peer.ipv6:
+            download(gw, TARGET6, target.port, 1 << 20)
+        elif peer.scheme == "socks4":
+            with pytest.raises(OSError, match="unreachable"):
+                echo(gw, TARGET6, target.port)
+        with pytest.raises((OSError, EOFError)):
+            echo(gw, TARGET4, 9)
+        with pytest.raises(ConnectionRefusedError):
+            udp_echo(gw, TARGET4, udp.port)
+        assert dig(world, f"@{TARGET4}", "name.test", "A", "+short").split() == [ANSWER4]
+        assert names.asked["tcp"] >= 1 and not names.asked["udp"]
+        eventually(lambda: ringway.flows() < 10, "the flows are forgotten", 10)
+
+
+def test_http_password_is_refused(world: World) -> None:
+    require(TINYPROXY)
+    with RunningPeer(TINYPROXY, world.net) as server, Target(world.net) as target:
+        wrong = server.url.rsplit("@", 1)[1]
+        with Ringway(world, "-p", f"http://somebody:wrongsecret@{wrong}") as ringway:
+            for _ in range(3):
+                with pytest.raises(OSError):
+                    echo(world.gw, TARGET4, target.port)
+            assert ringway.log().count("the proxy refuses the username or password") == 1
+            assert "wrongsecret" not in ringway.log()
+
+
+def test_reject_refuses_everything(world: World) -> None:
+    with Target(world.net) as target, UdpTarget(world.net, TARGET4) as udp, Ringway(world, "-p", "reject://"):
+        for address in (TARGET4, TARGET6):
+            with pytest.raises(ConnectionRefusedError):
+                echo(world.gw, address, target.port)
+        for port in (udp.port, 53):
+            with pytest.raises(ConnectionRefusedError):
+                udp_echo(world.gw, TARGET4, port)
 
 
 def _short_flows(world: World, address: str, port: int, count: int) -> None:

@@ -26,7 +26,8 @@ from workers.socks.wire import (
 )
 
 MAX_HEAD: Final = 16 * 1024  #: octets of the heads before the tunnel begins, 1xx answers among them
-PROXY_AUTHENTICATION_REQUIRED: Final = 407
+#: the second is for proxies; the first is what tinyproxy 1.11 says to a wrong password
+UNAUTHORIZED: Final = (401, 407)
 #: status → REP; other 5xx: the proxy could not reach the host, other codes: general failure
 REPLIES: Final = {
     400: GENERAL_FAILURE,
@@ -111,13 +112,9 @@ class HttpHandshake:
 
     def _answered(self, status: int, rest: bytes) -> None:
         self._held = b""
-        if status == PROXY_AUTHENTICATION_REQUIRED:
-            raise ProtocolError(
-                "password-refused",
-                "the proxy refuses the username or password (407)"
-                if self._authorized
-                else "the proxy wants a username and password (407)",
-            )
+        if status in UNAUTHORIZED:
+            verdict = "refuses the username or password" if self._authorized else "wants a username and password"
+            raise ProtocolError("password-refused", f"the proxy {verdict} ({status})")
         self.done = True
         if status < 300:
             self.reply = 0

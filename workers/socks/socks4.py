@@ -3,7 +3,8 @@
     04 CMD port address user 00            address 0.0.0.x: SOCKS4a, the target's name and 00 follow
     00 CODE port address                   CODE 5A: granted
 
-It knows CONNECT and BIND for IPv4; 4a names, an IPv6 address among them as text (v2ray and OpenSSH take it so).
+It knows CONNECT and BIND for IPv4; 4a names, an IPv6 address among them as text (OpenSSH takes it; v2ray 4.34 says
+success and ends).
 """
 
 import socket
