@@ -51,6 +51,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     max_pending: int = 1024
     max_associations: int = 4096
     udp_address: str = "auto"
+    early_accept: bool = False
     public_only: bool = False
     enable_dns_cache: bool = False
     offloads: bool = True

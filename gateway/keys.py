@@ -333,6 +333,14 @@ KEYS: Final[tuple[Key, ...]] = (
         "WHERE",
     ),
     Key(
+        "early-accept",
+        "Answer a client's SYN before the proxy has connected; then every port looks open, and a refusal is a reset.",
+        _BOOLEAN_ALLOWED,
+        _boolean,
+        "BOOL",
+        boolean=True,
+    ),
+    Key(
         "public-only",
         "Refuse destinations that are not on the public Internet.",
         _BOOLEAN_ALLOWED,

@@ -43,6 +43,7 @@ def settings_from(config: "Config", mtu: int, addresses: list[tuple[str, int]]) 
         max_pending=config.max_pending,
         max_associations=config.max_associations,
         udp_address=config.udp_address,
+        early_accept=config.early_accept,
         public_only=config.public_only,
         busy_poll=config.busy_poll / 1e6,
     )

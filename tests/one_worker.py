@@ -25,7 +25,7 @@ from workers.worker import Worker
 VNET = 10
 TRUSTED = bytes([1]) + bytes(9)  #: a virtio_net_hdr with NEEDS_CSUM: nobody has to verify
 MASK = 0xFFFFFFFF
-BATCH = 64  #: RX frames
+BATCH = 128  #: RX frames
 
 
 class RecordingPort(TxFrames):

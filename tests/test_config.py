@@ -70,6 +70,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "max-pending": 11,
         "max-associations": 12,
         "udp-address": "as-told",
+        "early-accept": True,
         "public-only": True,
         "enable-dns-cache": True,
         "offloads": False,

@@ -38,6 +38,7 @@ def test_everything_that_is_handed_on():
         max_pending=10,
         max_associations=11,
         udp_address="peer",
+        early_accept=True,
         public_only=True,
         busy_poll=50,
     )
@@ -48,7 +49,7 @@ def test_everything_that_is_handed_on():
     timeouts = ("connect_timeout", "udp_timeout", "dns_timeout", "tcp_timeout", "tcp_half_closed_timeout")
     assert [getattr(settings, name) for name in timeouts] == [3, 4, 5, 6, 8]
     assert (settings.max_flows, settings.max_pending, settings.max_associations) == (9, 10, 11)
-    assert (settings.udp_address, settings.public_only) == ("peer", True)
+    assert (settings.udp_address, settings.public_only, settings.early_accept) == ("peer", True, True)
     assert settings.busy_poll == pytest.approx(50e-6)
 
 

@@ -4,7 +4,8 @@
                  └───────────┴─────────► refused: RST or ICMP, as a host or router would have sent (`REFUSALS`)
 
 Until then nothing is answered: a SYN-ACK would tell health checks and happy eyeballs that every port of the world is
-open. Its state is small: a forged SYN costs a socket, not a connection's buffers.
+open. Its state is small: a forged SYN costs a socket, not a connection's buffers. With `early-accept` the Relay comes
+first, and what the client sends waits in it, EARLY_WINDOW octets at the most; then a refusal can only be RST.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from typing import TYPE_CHECKING, Final
 
 from workers import counts, icmp
-from workers.relay import RESET_ON_CLOSE, Relay
+from workers.proxysocket import RESET_ON_CLOSE, ProxySocket
+from workers.relay import Relay
 from workers.socks.handshake import Handshake
 from workers.socks.wire import CONNECT, ProtocolError
 from workers.tcp.connection import Connection
 from workers.tcp.segment import RST, Segment
+from workers.tcp.sequence import HALF, MASK
 from workers.wire.tcp import Headers, reply_addresses
 
 if TYPE_CHECKING:
@@ -29,12 +32,19 @@ EVERYTHING: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
 ANSWER: Final = 512  #: octets; most answers are shorter, and what a server says first may be right behind them
 RESET: Final = -1  #: a refusal that is an RST
 
-#: REP code (RFC 1928, 6) → what the client is told; others: RST
-REFUSALS: Final = {2: icmp.ADMIN, 3: icmp.NET, 4: icmp.HOST, 5: RESET, 6: icmp.HOST}
-#: the same for direct://, by errno
+EARLY_WINDOW: Final = 65535  #: octets that wait for a proxy that is not connected; what any SYN-ACK can offer
+
+#: REP code (RFC 1928, 6) → what the client is told; others (1 failure, 5 refused, 7 no CONNECT): RST
+REFUSALS: Final = {2: icmp.ADMIN, 3: icmp.NET, 4: icmp.HOST, 6: icmp.HOST, 8: icmp.NET}
+#: the same by errno: for direct:// what the target's end said, else what became of the way to the proxy; others: RST
 REFUSED_ERRNO: Final = {
     errno.ENETUNREACH: icmp.NET,
+    errno.ENETDOWN: icmp.NET,
+    errno.EAFNOSUPPORT: icmp.NET,
+    errno.EADDRNOTAVAIL: icmp.NET,  # no address of this IP version to connect from
     errno.EHOSTUNREACH: icmp.HOST,
+    errno.EHOSTDOWN: icmp.HOST,
+    errno.ENONET: icmp.HOST,
     errno.EACCES: icmp.ADMIN,
     errno.EPERM: icmp.ADMIN,
 }
@@ -43,16 +53,38 @@ REFUSED_ERRNO: Final = {
 class Dial:
     """A flow whose connection to the proxy does not stand yet."""
 
-    __slots__ = ("_handshake", "_socket", "_syn", "flows", "key", "packet")
+    __slots__ = ("_buffer", "_handshake", "_relay", "_socket", "flows", "key", "packet", "pending", "syn")
 
     def __init__(self, flows: TcpFlows, key: bytes, syn: Segment, packet: bytes) -> None:
         """Keep the SYN (the object becomes the dial's) and its packet, which an ICMP error would quote."""
         self.flows = flows
         self.key = key
         self.packet = packet
-        self._syn = syn
+        self.syn = syn
+        self.pending = False  #: it counts among the flows' pending ones
         self._handshake: Handshake | None = None
         self._socket: socket.socket | None = None
+        self._relay: Relay | None = None  # with early-accept it is there from the start
+        self._buffer = 0  # what its receive buffer would be
+
+    # ── the client ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def segment_arrives(self, seg: Segment, now: float) -> None:
+        """Ignore the SYN that comes again; the client's RST cancels."""
+        if seg.flags & RST and seg.seq in (self.syn.seq, self.syn.seq + 1 & MASK):
+            self.flows.count[counts.TCP_RESET_BY_CLIENT] += 1
+            self.cancel()
+
+    def gives_way(self, syn: Segment) -> bool:
+        """Say whether a SYN is another, newer one: the client has begun anew, and nothing was answered yet."""
+        return 0 < (syn.seq - self.syn.seq) & MASK < HALF
+
+    def begin_anew(self, syn: Segment, packet: bytes) -> None:
+        """Take the newer SYN in the place of the old one; the way to the proxy is the same."""
+        self.syn = syn
+        self.packet = packet
+
+    # ── the proxy ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, now: float) -> None:
         """Open the socket and begin to connect. OSError: there is no descriptor left; nothing was begun."""
@@ -69,13 +101,18 @@ class Dial:
         else:
             self._handshake = handshake = upstream.handshake(CONNECT, host, port)
             if upstream.proxy is None or handshake.done:  # nobody to ask, or nothing that it could be asked for
-                self._enter_table()
-                flows.refuse(self, REFUSALS.get(handshake.reply, RESET), now)
+                self.refuse(REFUSALS.get(handshake.reply, RESET), now)
                 return
             target = upstream.proxy
             family = upstream.proxy_family
-        self._socket = opened = upstream.open(family, socket.SOCK_STREAM)
-        self._enter_table()
+        try:
+            self._socket = opened = upstream.open(family, socket.SOCK_STREAM)
+        except OSError as failure:
+            if failure.errno != errno.EAFNOSUPPORT:
+                raise
+            self._failed(errno.EAFNOSUPPORT, now)
+            return
+        self._begin(now)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = opened.connect_ex(target)
         if error and error != errno.EINPROGRESS:
@@ -83,15 +120,28 @@ class Dial:
             return
         flows.watch(opened.fileno(), EVERYTHING, self.connected)
 
-    def _enter_table(self) -> None:
-        self.flows.table[self.key] = self
-        self.flows.pending += 1
+    def _begin(self, now: float) -> None:
+        """Enter the flow table: the dial itself, or the relay that answers at once."""
+        flows = self.flows
+        self.pending = True
+        flows.pending += 1
+        if flows.early_accept:
+            relay = self._relay = self._accept(now)
+            self._buffer = relay.conn.rcv.buffer
+            relay.conn.rcv.buffer = min(self._buffer, EARLY_WINDOW)
+            relay.begin(now)
+        else:
+            flows.table[self.key] = self
 
-    def segment_arrives(self, seg: Segment, now: float) -> None:
-        """Ignore the SYN that comes again; the client's RST cancels."""
-        if seg.flags & RST and seg.seq in (self._syn.seq, self._syn.seq + 1 & 0xFFFFFFFF):
-            self.flows.count[counts.TCP_RESET_BY_CLIENT] += 1
-            self.cancel()
+    def _accept(self, now: float) -> Relay:
+        """Make the connection, and put its relay into the table."""
+        flows = self.flows
+        key = self.key
+        mss, version = (flows.mss4, 4) if len(key) == 12 else (flows.mss6, 6)
+        conn = Connection(self.syn, flows.initial_sequence_number(key, now), mss)
+        headers = Headers(version, reply_addresses(key), conn.smss, conn.timestamps)
+        flows.table[key] = relay = Relay(flows, key, conn, headers, ProxySocket(flows, self), now)
+        return relay
 
     def connected(self, mask: int, now: float) -> None:
         """The first event of the socket: it is connected, or has failed."""
@@ -128,19 +178,19 @@ class Dial:
                 data = b""
             if not data:
                 self.flows.count[counts.PROXY_PROTOCOL_ERRORS] += 1
-                self.flows.refuse(self, RESET, now)
+                self.refuse(RESET, now)
                 return
             try:
                 message = handshake.receive(data)
             except ProtocolError as error:
                 self.flows.protocol_error(error)
-                self.flows.refuse(self, RESET, now)
+                self.refuse(RESET, now)
                 return
             if message:
                 self._send(message, now)
             if handshake.done:
                 if handshake.reply:
-                    self.flows.refuse(self, REFUSALS.get(handshake.reply, RESET), now)
+                    self.refuse(REFUSALS.get(handshake.reply, RESET), now)
                 elif self._socket is not None:
                     # A full buffer: there may be more, and the edge that told of it is spent.
                     self._open(handshake.surplus, mask | EPOLLIN if len(data) == ANSWER else mask & ~EPOLLIN, now)
@@ -157,25 +207,30 @@ class Dial:
             whole = False
         if not whole:
             self.flows.count[counts.PROXY_UNREACHABLE] += 1
-            self.flows.refuse(self, RESET, now)
+            self.refuse(RESET, now)
 
     def _open(self, surplus: bytes, mask: int, now: float) -> None:
-        """Become a relay."""
+        """Become a relay, or give the one that waits its socket."""
         flows = self.flows
         opened = self._socket
         assert opened is not None
         self._socket = None
-        key = self.key
-        syn = self._syn
-        conn = Connection(syn, flows.initial_sequence_number(key, now), flows.mss4 if len(key) == 12 else flows.mss6)
-        headers = Headers(4 if len(key) == 12 else 6, reply_addresses(key), conn.smss, conn.timestamps)
-        relay = Relay(flows, key, conn, headers, opened, now)
-        flows.table[key] = relay
-        flows.pending -= 1
+        self._end()
+        relay = self._relay
+        if relay is None:
+            relay = self._accept(now)
+        else:
+            relay.conn.rcv.buffer = self._buffer
         flows.handlers[opened.fileno()] = relay.socket_ready
-        relay.begin(surplus, now)
+        relay.proxy_connected(opened, surplus, now)
         if mask & ~EPOLLOUT:
             relay.socket_ready(mask & ~EPOLLOUT, now)
+
+    def _end(self) -> None:
+        """Be no longer pending."""
+        if self.pending:
+            self.pending = False
+            self.flows.pending -= 1
 
     def _failed(self, error: int, now: float) -> None:
         """The connect failed: the target's fault for direct://, else the proxy's."""
@@ -183,11 +238,11 @@ class Dial:
         if flows.upstream.direct:
             if error == errno.ETIMEDOUT:
                 flows.count[counts.TCP_CONNECT_TIMEOUTS] += 1
-            flows.refuse(self, REFUSED_ERRNO.get(error, RESET), now)
+            self.refuse(REFUSED_ERRNO.get(error, RESET), now)
             return
         flows.count[counts.PROXY_UNREACHABLE] += 1
         flows.upstream.failed(errno_text(error))
-        flows.refuse(self, REFUSED_ERRNO.get(error, RESET), now)
+        self.refuse(REFUSED_ERRNO.get(error, RESET), now)
 
     def timed_out(self, now: float) -> None:
         """Give up after the connect timeout: silence so far, now RST."""
@@ -197,25 +252,33 @@ class Dial:
             pass
         elif flows.handlers.get(self._socket.fileno()) == self.connected:
             flows.upstream.failed("no answer to the connection request")
-        flows.refuse(self, RESET, now)
+        self.refuse(RESET, now)
+
+    def refuse(self, how: int, now: float) -> None:
+        """Tell the client what a host or router would have told it, and forget the flow."""
+        self.flows.count[counts.TCP_REFUSED] += 1
+        if self._relay is not None:
+            self._relay.abort(now)
+        elif how == RESET:
+            self.flows.reset_stranger(self.key, self.syn)
+        else:
+            self.flows.icmp.unreachable(self.packet, how)
+        self.cancel()
 
     def abort(self, now: float) -> None:
         """Refuse with RST: the worker stops."""
-        self.flows.refuse(self, RESET, now)
+        self.refuse(RESET, now)
 
     def cancel(self) -> None:
-        """Forget the flow and close the socket, without a word to the client."""
+        """Close the socket, and forget the flow if there is no relay, without a word to the client."""
+        self._end()
         if self._socket is not None:
             self.flows.forget_descriptor(self._socket.fileno())
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             self._socket.close()
             self._socket = None
-        self.flows.remove(self.key, self)
-
-    @property
-    def syn(self) -> Segment:
-        """The SYN that waits."""
-        return self._syn
+        if self._relay is None:
+            self.flows.remove(self.key, self)
 
 
 def errno_text(error: int) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ipc.layout import HEADROOM
 from workers import counts, icmp
-from workers.dial import RESET, Dial
+from workers.dial import Dial
 from workers.public import is_public
 from workers.relay import Relay
 from workers.socks.wire import ProtocolError
@@ -35,6 +35,7 @@ MAX_TIME_WAIT: Final = 8192  #: connections in TIME-WAIT of one worker; the olde
 SWEEP_SECONDS: Final = 15.0  #: between two looks at all flows for idle ones
 RETRY_SECONDS: Final = 0.01  #: between two looks for a frame that an acknowledgement has freed
 MIN_MSS: Final = 88  #: octets; Linux TCP_MIN_MSS: a smaller offer is an attack
+DEFAULT_MSS6: Final = 1220  #: octets; RFC 9293, 3.7.1: 1280 - 60
 
 
 class Flow(Protocol):
@@ -45,6 +46,9 @@ class Flow(Protocol):
 
     def abort(self, now: float) -> None:
         """End with RST: the worker stops, or something in it broke."""
+
+    def gives_way(self, syn: Segment) -> bool:
+        """Say whether a SYN begins a new connection in its place."""
 
 
 class TimeWait:
@@ -95,6 +99,7 @@ class TcpFlows:
         self.handlers = worker.handlers
         self.watch = worker.watch
         self.forget_descriptor = worker.forget
+        self.early_accept = settings.early_accept
         self.mss4 = settings.mtu - 40
         self.mss6 = settings.mtu - 60
         self.table: dict[bytes, Flow] = {}
@@ -106,7 +111,7 @@ class TcpFlows:
         self._settings = settings
         self._seg = Segment()
         self._syns: list[tuple[bytes, bytes, Segment]] = []  # flow, packet, SYN
-        self.pending = 0  #: flows of the table that are dials; a dial keeps it true
+        self.pending = 0  #: flows whose proxy is not connected; each dial keeps it true
         self._connecting: deque[tuple[float, Dial]] = deque()  #: by connect deadline, with those that are done
         self._time_wait: deque[tuple[float, TimeWait]] = deque()  #: by end, with those that were replaced
         self._waiting = 0  #: flows of the table that are in TIME-WAIT
@@ -148,9 +153,7 @@ class TcpFlows:
         else:
             key = rx[at + 18 : at + 50] + rx[transport : transport + 4]
         flow = self.table.get(key)
-        if seg.flags & (SYN | ACK | RST | FIN) == SYN and (
-            flow is None or (isinstance(flow, TimeWait) and flow.gives_way(seg))
-        ):
+        if seg.flags & (SYN | ACK | RST | FIN) == SYN and (flow is None or flow.gives_way(seg)):
             self._syns.append((key, rx[at + 10 : text_at], seg))
             self._seg = Segment()
         elif flow is not None:
@@ -208,7 +211,9 @@ class TcpFlows:
                 if isinstance(old, TimeWait):
                     self.remove(key, old)
                 elif old is not None:
-                    continue  # the same SYN twice in one batch
+                    if isinstance(old, Dial) and old.gives_way(syn):
+                        old.begin_anew(syn, packet)
+                    continue  # else the same SYN twice in one batch
                 self._begin(key, packet, syn, now)
             if len(syns) > SYNS_A_BREATH:
                 self.count[counts.TCP_SYN_DROPPED_PENDING] += len(syns) - SYNS_A_BREATH
@@ -232,9 +237,9 @@ class TcpFlows:
         while delayed and delayed[0][0] <= now:
             delayed.popleft()[1].delayed_ack_due(now)
         connecting = self._connecting
-        while connecting and (connecting[0][0] <= now or self.table.get(connecting[0][1].key) is not connecting[0][1]):
+        while connecting and (connecting[0][0] <= now or not connecting[0][1].pending):
             dial = connecting.popleft()[1]
-            if self.table.get(dial.key) is dial:
+            if dial.pending:
                 dial.timed_out(now)
         waiting = self._time_wait
         while waiting and (waiting[0][0] <= now or len(waiting) > MAX_TIME_WAIT):
@@ -295,6 +300,8 @@ class TcpFlows:
             return
         if syn.mss:
             syn.mss = max(syn.mss, MIN_MSS)
+        elif len(key) == 36:
+            syn.mss = DEFAULT_MSS6
         dial = Dial(self, key, syn, packet)
         try:
             dial.start(now)
@@ -304,15 +311,6 @@ class TcpFlows:
         self._connecting.append((now + settings.connect_timeout, dial))
         if self._sweep_at == inf:
             self._sweep_at = now + SWEEP_SECONDS
-
-    def refuse(self, dial: Dial, how: int, now: float) -> None:
-        """Tell the client what a host or router would have told it, and forget the flow."""
-        self.count[counts.TCP_REFUSED] += 1
-        if how == RESET:
-            self.reset_stranger(dial.key, dial.syn)
-        else:
-            self.icmp.unreachable(dial.packet, how)
-        dial.cancel()
 
     def protocol_error(self, error: ProtocolError) -> None:
         """Count what a proxy answered that is no answer, or that refuses us."""
@@ -331,8 +329,6 @@ class TcpFlows:
             del self.table[key]
             if isinstance(flow, TimeWait):
                 self._waiting -= 1
-            elif isinstance(flow, Dial):
-                self.pending -= 1
 
     def end_broken(self, flow: Flow, now: float) -> None:
         """End a flow in which an exception of our own was raised, as well as its state allows."""

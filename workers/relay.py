@@ -1,7 +1,8 @@
 """Relay: one TCP flow ↔ one proxied connection, bytes and back-pressure, both ways.
 
-    client ── segment_arrives ─► connection ── text ─► _deliver ─► socket ─► proxy
-    client ◄─ _output ◄──────── connection ◄─ send ── _read ◄──── socket ◄─ proxy
+    client ── segment_arrives ─► Connection ── text ─► _deliver ─► ProxySocket ─► proxy
+    client ◄─ _output ◄──────── Connection ◄─ send ── _read ◄──── ProxySocket ◄─ proxy
+                 └ Unacked
 
 Up, text goes from the RX frame into the socket; what the socket does not take is copied and waits, and the receive
 window shrinks by it. Down, the socket is read straight into a TX frame, only as much as the windows allow, so that
@@ -13,11 +14,11 @@ from __future__ import annotations
 import socket
 from math import inf
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
-from struct import pack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from ipc.layout import HEADROOM
 from workers import counts
+from workers.proxysocket import ProxySocket
 from workers.tcp.connection import Connection
 from workers.tcp.events import (
     ACKED,
@@ -34,60 +35,48 @@ from workers.tcp.events import (
 )
 from workers.tcp.limits import DELAYED_ACK
 from workers.tcp.segment import Segment
-from workers.tcp.states import CLOSED, SYN_RECEIVED, TIME_WAIT
+from workers.tcp.states import SYN_RECEIVED, TIME_WAIT
 from workers.unacked import Unacked
 from workers.wire.tcp import Headers
 
 if TYPE_CHECKING:
     from workers.flows import TcpFlows
 
-LINGER_SECONDS: Final = 60.0  #: without progress, for text that outlives its connection; Linux tcp_fin_timeout
-MAX_PIECES: Final = 64  #: buffers of one sendmsg; IOV_MAX is 1,024
-RESET_ON_CLOSE: Final = pack("ii", 1, 0)  # struct linger: close() sends RST
-
 
 class Relay:
-    """A flow whose connection to the proxy stands."""
+    """A flow whose client is answered; the proxy is connected, or being dialled (`early-accept`)."""
 
     __slots__ = (
-        "_backlog",
-        "_client_closed",
         "_hup",
         "_in_acks",
         "_in_delayed",
         "_in_queue",
         "_port",
-        "_proxy_closed",
+        "_proxy",
         "_readable",
-        "_socket",
         "_unacked",
         "_wake_at",
         "active_at",
         "conn",
-        "fd",
         "flows",
         "headers",
         "key",
     )
 
     def __init__(
-        self, flows: TcpFlows, key: bytes, conn: Connection, headers: Headers, connected: socket.socket, now: float
+        self, flows: TcpFlows, key: bytes, conn: Connection, headers: Headers, proxy: ProxySocket, now: float
     ) -> None:
-        """Take over the connected socket, which is non-blocking and watched edge-triggered for everything."""
+        """Nothing is sent before begin()."""
         self.flows = flows
         self.key = key
         self.conn = conn
         self.headers = headers
-        self.fd = connected.fileno()
         self.active_at = now  #: when a segment last arrived or the proxy last sent
         self._port = flows.port
-        self._socket: socket.socket | None = connected
+        self._proxy = proxy
         self._unacked = Unacked(flows.port)  #: what the client has not acknowledged
-        self._backlog: list[bytes] = []  #: text that the socket did not take yet
         self._readable = False  #: the socket may have something to read
         self._hup = False  #: it will say end of file, or an error, some day
-        self._client_closed = False  #: the client's FIN was taken
-        self._proxy_closed = False  #: so was the proxy's
         self._in_acks = False
         self._in_delayed = False
         self._in_queue = False  #: of those that read again: ready or starved
@@ -96,7 +85,11 @@ class Relay:
     @property
     def half_closed(self) -> bool:
         """Whether one side has sent its FIN."""
-        return self._client_closed or self._proxy_closed
+        return self._proxy.finished or self._proxy.at_end
+
+    def gives_way(self, syn: Segment) -> bool:
+        """No: it is synchronized, and RFC 9293 says what becomes of a SYN then."""
+        return False
 
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -142,12 +135,10 @@ class Relay:
         if events & OPENED:
             self.flows.count[counts.TCP_OPENED] += 1
         if events & REMOTE_CLOSED:
-            self._client_closed = True
-            if not self._backlog:
-                self._close_towards_proxy()
+            self._proxy.finish()
         if events & (RESET | GAVE_UP):
             self.flows.count[counts.TCP_RESET_BY_CLIENT if events & RESET else counts.TCP_RETRANSMIT_TIMEOUTS] += 1
-            self._reset_proxy()
+            self._proxy.reset()
         if not events & ENDED:
             return False
         self._output(now)
@@ -156,21 +147,19 @@ class Relay:
 
     def _deliver(self, text: memoryview | bytes, now: float) -> None:
         """Give text to the proxy; a copy of what it does not take waits."""
-        if self._socket is None:
-            return
-        if not self._backlog:
+        proxy = self._proxy
+        if proxy.send is not None:
             try:
-                taken = self._socket.send(text)
+                taken = proxy.send(text)
             except BlockingIOError:
                 taken = 0
             except OSError:
-                self._proxy_failed(now)
+                self._sending_failed(now)
                 return
             if taken == len(text):
                 return
             text = text[taken:]
-        self._backlog.append(bytes(text))
-        self.conn.rcv.pending += len(text)
+        self.conn.rcv.pending += proxy.wait(text)
 
     def ack_at_end_of_batch(self, now: float) -> None:
         """Send the one pure ACK for all segments of the batch, unless data has carried it."""
@@ -196,10 +185,11 @@ class Relay:
 
     def socket_ready(self, mask: int, now: float) -> None:
         """Take an edge-triggered event of the socket."""
-        if mask & EPOLLOUT and self._backlog:
+        proxy = self._proxy
+        if mask & EPOLLOUT and proxy.backlog:
             self._send_backlog(now)
-        if self._proxy_closed:
-            if mask & EPOLLERR and self._socket is not None:
+        if proxy.at_end:
+            if mask & EPOLLERR and proxy.is_open:
                 self._proxy_failed(now)
         elif mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
             if mask & ~(EPOLLIN | EPOLLOUT):
@@ -213,17 +203,26 @@ class Relay:
         if self._readable:
             self._read(now)
 
-    def begin(self, surplus: bytes, now: float) -> None:
-        """Send the SYN-ACK, and keep what the proxy sent behind its reply as the first text."""
+    def begin(self, now: float) -> None:
+        """Send the SYN-ACK."""
+        self._output(now)
+
+    def proxy_connected(self, opened: socket.socket, surplus: bytes, now: float) -> None:
+        """Take over the socket; what the proxy sent behind its reply is the first text."""
+        proxy = self._proxy
+        proxy.connected(opened)
         if surplus:
             self._unacked.keep_copy(self.conn.snd.end, surplus)
             self.conn.send(len(surplus))
+        if proxy.backlog or proxy.finished:
+            self._send_backlog(now)
         self._output(now)
 
     def _read(self, now: float) -> None:
         """Read the socket into one frame, as much as may be sent at once, and send it."""
         conn = self.conn
-        if self._socket is None or conn.state == SYN_RECEIVED:
+        recv_into = self._proxy.recv_into
+        if recv_into is None or conn.state == SYN_RECEIVED:
             return
         room = conn.room()
         if not room:
@@ -240,7 +239,7 @@ class Relay:
         frame = port.large.take()
         payload = frame + HEADROOM
         try:
-            length = self._socket.recv_into(port.tx_view[payload : payload + room])
+            length = recv_into(port.tx_view[payload : payload + room])
         except BlockingIOError:
             port.large.give(frame)
             self._readable = False
@@ -251,34 +250,35 @@ class Relay:
             return
         if not length:
             port.large.give(frame)
+            if self._proxy.broken:
+                self._proxy_failed(now)
+                return
             self._end_of_file()
             self._output(now)
             return
-        if self._hup and length < room and self._nothing_more():
-            self._end_of_file()  # the FIN rides on the text
-        elif length < room and not self._hup:
+        if self._hup and length < room and not self._proxy.broken:
+            self._look_ahead()
+        if length < room and not self._hup:
             self._readable = False
-        elif not self._in_queue:
+        elif self._readable and not self._in_queue:
             self._in_queue = True
             self.flows.ready.append(self)
         self.active_at = now
         self._send_fresh(frame, length, now)
 
-    def _nothing_more(self) -> bool:
-        """Say whether the end of file follows what was read."""
-        assert self._socket is not None
+    def _look_ahead(self) -> None:
+        """See what follows the text that was just read: the FIN rides on it."""
         try:
-            return not self._socket.recv(1, socket.MSG_PEEK)
+            if self._proxy.nothing_more():
+                self._end_of_file()
         except OSError:
-            return False  # the next read tells
+            self._proxy.fail()  # the kernel says it once; the next read would find a clean end
 
     def _end_of_file(self) -> None:
         """The proxy will send nothing more."""
-        self._proxy_closed = True
         self._readable = False
+        self._proxy.read_to_end()
         self.conn.close()
-        if self._client_closed and not self._backlog:
-            self._close_socket()
 
     def _send_fresh(self, frame: int, length: int, now: float) -> None:
         """Send a payload for the first time: its headers stand in front of it, so it is one piece."""
@@ -301,27 +301,20 @@ class Relay:
 
     def _send_backlog(self, now: float) -> None:
         """Give the proxy what waited for it, and open the window again."""
-        backlog = self._backlog
         conn = self.conn
-        while backlog and self._socket is not None:
-            try:
-                taken = self._socket.sendmsg(backlog[:MAX_PIECES])
-            except BlockingIOError:
-                break
-            except OSError:
-                self._proxy_failed(now)
-                return
-            conn.rcv.pending -= taken
+        try:
+            sent = self._proxy.send_backlog()
+        except OSError:
+            self._sending_failed(now)
+            if self._readable:
+                self._read(now)
+            return
+        if sent:
             self.active_at = now
-            while backlog and taken >= len(backlog[0]):
-                taken -= len(backlog.pop(0))
-            if taken:
-                backlog[0] = backlog[0][taken:]
-        conn.taken_by_proxy()
-        if not backlog and self._client_closed:
-            self._close_towards_proxy()
-        if conn.ack_due == AT_ONCE:
-            self._output(now)
+            conn.rcv.pending -= sent
+            conn.taken_by_proxy()
+            if conn.ack_due == AT_ONCE:
+                self._output(now)
 
     # ── to the device ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -368,62 +361,31 @@ class Relay:
 
     def abort(self, now: float) -> None:
         """End the flow with RST both ways."""
-        self._reset_proxy()
+        self._proxy.reset()
         self.conn.abort()
         self._output(now)
         self._end(now)
 
-    def _linger(self, now: float) -> None:
-        """Give up on a proxy that takes nothing more."""
-        if self._socket is not None:
-            if now - self.active_at < LINGER_SECONDS:
-                self.flows.timers.call_at(self.active_at + LINGER_SECONDS, self._linger)
-            else:
-                self._reset_proxy()
+    def _sending_failed(self, now: float) -> None:
+        """The proxy takes no more; what it sent before that still goes to the client, then its RST becomes ours."""
+        proxy = self._proxy
+        self.conn.rcv.pending -= len(proxy.backlog)
+        proxy.fail()
+        if proxy.at_end:
+            self._proxy_failed(now)
+        else:
+            self._readable = self._hup = True
 
     def _proxy_failed(self, now: float) -> None:
-        """The proxy's connection broke: its RST becomes ours, never a clean end of stream."""
+        """The proxy's connection broke: never a clean end of stream."""
         self.flows.count[counts.TCP_RESET_BY_PROXY] += 1
-        if self.conn.state in (CLOSED, TIME_WAIT):
-            self._close_socket()  # only text that waited is lost, and nobody is left to be told
-        else:
-            self.abort(now)
-
-    def _close_towards_proxy(self) -> None:
-        """Pass the client's FIN on."""
-        if self._socket is None:
-            return
-        if self._proxy_closed:
-            self._close_socket()
-            return
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._readable = self._hup = True  # the read that follows tells why
-
-    def _reset_proxy(self) -> None:
-        if self._socket is not None:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-            self._close_socket()
-
-    def _close_socket(self) -> None:
-        if self._socket is not None:
-            self.flows.forget_descriptor(self.fd)
-            self._socket.close()
-            self._socket = None
-            self._readable = False
-            self._backlog.clear()
+        self.abort(now)
 
     def _end(self, now: float) -> None:
-        """Leave the flow table; the client's last words may still need an answer from TIME-WAIT.
-
-        Text that the proxy has not taken yet outlives the connection, which the client believes to be well ended.
-        """
-        if self._backlog:
-            self.flows.timers.call_at(now + LINGER_SECONDS, self._linger)
-        else:
-            self._close_socket()
+        """Leave the flow table; the client's last words may still need an answer from TIME-WAIT."""
+        self._proxy.outlive(now)
         self._unacked.release_all()
+        self._readable = False
         self._wake_at = inf
         if self.conn.state == TIME_WAIT:
             self.flows.wait(self.key, self.conn, self.headers, now)

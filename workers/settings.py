@@ -27,5 +27,6 @@ class Settings:
     max_pending: int = 1024  #: TCP flows of one worker whose proxy connection is not there yet
     max_associations: int = 4096  #: UDP associations of one worker
     udp_address: str = "auto"  #: where datagrams go after UDP ASSOCIATE: auto, peer, as-told, or an address
+    early_accept: bool = False
     public_only: bool = False
     busy_poll: float = 0.0  #: seconds
