@@ -1,6 +1,7 @@
 """Run seeds by hand: see the package."""
 
 import sys
+import traceback
 
 from tests.simulation.scenario import run
 
@@ -15,9 +16,10 @@ def main(words: list[str]) -> int:
     for seed in range(first, last):
         try:
             run(seed)
-        except AssertionError as error:
+        except Exception as error:
             failed += 1
-            print(f"seed {seed}: {error}", flush=True)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"seed {seed}: {error!r} in {where.name}, line {where.lineno}", flush=True)
     print(f"{last - first} seeds, {failed} failed")
     return int(bool(failed))
 

@@ -121,6 +121,8 @@ class Gateway:
         seg.text_at = packet.start
         seg.mss = packet.mss
         seg.window_scale = packet.scale
+        seg.sack_permitted = packet.sack_permitted
+        seg.sack = packet.sack
         ts = packet.ts
         if ts is None:
             seg.ts_present = False
@@ -285,14 +287,23 @@ class Gateway:
             assert edge > self._edge - (1 << conn.rcv.scale), "the window shrank"
             self._edge = max(edge, self._edge)
         if flags & SYN:
-            self.link.send(Packet(flags, out.seq, out.ack, out.wnd, 0, 0, ts, (), out.mss, out.window_scale))
+            self.link.send(
+                Packet(
+                    *(flags, out.seq, out.ack, out.wnd, 0, 0, ts),
+                    mss=out.mss,
+                    scale=out.window_scale,
+                    sack_permitted=out.sack_permitted,
+                )
+            )
             return
+        if out.sack:
+            self._check_sack(length)
         start = (out.seq - self.iss - 1) & MASK
         if length:
             assert (out.seq + length - snd.una) & MASK <= (snd.max - snd.una) & MASK, "what is sent is not in flight"
             assert start + length <= self.sent, "what is sent was never queued"
         if length <= conn.smss or not self.traits.cuts:
-            self.link.send(Packet(flags, out.seq, out.ack, out.wnd, start, length, ts))
+            self.link.send(Packet(flags, out.seq, out.ack, out.wnd, start, length, ts, out.sack))
             return
         smss = conn.smss
         for at in range(0, length, smss):
@@ -300,6 +311,19 @@ class Gateway:
             # FIN and PSH stand on the last piece.
             bits = flags if at + n == length else flags & ~(FIN | 8)
             self.link.send(Packet(bits, (out.seq + at) & MASK, out.ack, out.wnd, start + at, n, ts))
+
+    def _check_sack(self, length: int) -> None:
+        """Demand that the blocks name what is kept, or, the first one, what came twice."""
+        conn = self.conn
+        assert conn is not None and conn.sack and not length
+        rcv = conn.rcv
+        first = rcv.irs + 1  # the sequence number of position 0
+        kept = rcv.pieces.newest(1 << 30) if rcv.pieces is not None else []
+        for i, block in enumerate(self._out.sack):
+            left, right = (block[0] - first) & MASK, (block[1] - first) & MASK
+            assert left < right
+            twice = i == 0 and (right <= rcv.taken or any(a <= left and right <= b for a, b in kept))
+            assert twice or (left, right) in kept, f"the SACK block {left}:{right} is none of {kept}"
 
     # ── a stranger ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -62,7 +62,7 @@ class Packet:
             blocks = " ".join(f"{(a - ack_base) & MASK}:{(b - ack_base) & MASK}" for a, b in self.sack)
             line += f" sack {blocks}"
         if self.flags & SYN:
-            line += f" mss {self.mss} scale {self.scale} sackOK {int(self.sack_permitted)}"
+            line += f" mss {self.mss} scale {self.scale}{' sackOK' if self.sack_permitted else ''}"
         return line + (f" ts {self.ts[0]} {self.ts[1]}" if self.ts else "")
 
 
