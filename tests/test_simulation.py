@@ -7,10 +7,13 @@ import os
 
 import pytest
 
+from tests.simulation import whole_scenario
 from tests.simulation.scenario import run
+from tests.simulation.whole_worker import WholeWorker
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))  #: 10,000 take 40 s of one core
 CHUNK = 250
+WHOLE_SEEDS = SEEDS // 10  #: of whole workers; 15 ms each
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
@@ -21,6 +24,18 @@ def test_every_octet_arrives_and_every_run_ends(first):
         except Exception as error:
             error.add_note(f"with every packet: python -m tests.simulation {seed}")
             raise
+
+
+@pytest.mark.parametrize("first", range(0, WHOLE_SEEDS, 50))
+def test_a_whole_worker_moves_every_octet_and_keeps_no_frame(first):
+    shard = WholeWorker()
+    for seed in range(first, first + 50):
+        try:
+            whole_scenario.run(shard, seed)
+        except Exception as error:
+            error.add_note(f"with every packet: python -m tests.simulation --worker {seed}")
+            raise
+    shard.close()
 
 
 def test_the_runs_are_deterministic():

@@ -5,6 +5,8 @@
 Every octet is a function of its position, so both sides check each one that they get. A run ends when both ends are
 done and nothing is on the way; what is still armed or kept then is an error.
 
-    python -m tests.simulation FIRST LAST       run seeds, print those that fail
-    python -m tests.simulation SEED             run one, and print every packet
+With --worker a whole Worker stands there, with frames, flows, relays and timers (whole_worker.py).
+
+    python -m tests.simulation [--worker] FIRST LAST    run seeds, print those that fail
+    python -m tests.simulation [--worker] SEED          run one, and print every packet
 """

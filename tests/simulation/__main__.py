@@ -2,16 +2,14 @@
 
 import sys
 import traceback
+from collections.abc import Callable
 
-from tests.simulation.scenario import run
+from tests.simulation import scenario, whole_scenario
+from tests.simulation.whole_worker import WholeWorker
 
 
-def main(words: list[str]) -> int:
-    """Run what the command line says; 1 when a seed failed."""
-    if len(words) == 1:
-        print(run(int(words[0]), print))
-        return 0
-    first, last = map(int, words)
+def seeds(run: Callable, first: int, last: int) -> int:
+    """Run seeds; print those that fail, and return how many they are."""
     failed = 0
     for seed in range(first, last):
         try:
@@ -19,9 +17,25 @@ def main(words: list[str]) -> int:
         except Exception as error:
             failed += 1
             where = traceback.extract_tb(error.__traceback__)[-1]
-            print(f"seed {seed}: {error!r} in {where.name}, line {where.lineno}", flush=True)
+            print(f"seed {seed}: {error!r} in {where.name}, {where.filename}:{where.lineno}", flush=True)
     print(f"{last - first} seeds, {failed} failed")
-    return int(bool(failed))
+    return failed
+
+
+def of_a_whole_worker(seed: int, tell: Callable[[str], None] | None = None) -> object:
+    """Run a seed with a worker of its own: one that failed is of no use to the next."""
+    return whole_scenario.run(WholeWorker(), seed, tell)
+
+
+def main(words: list[str]) -> int:
+    """Run what the command line says; 1 when a seed failed."""
+    whole = "--worker" in words
+    run: Callable = of_a_whole_worker if whole else scenario.run
+    numbers = [int(word) for word in words if word != "--worker"]
+    if len(numbers) == 1:
+        print(run(numbers[0], print))
+        return 0
+    return int(bool(seeds(run, *numbers)))
 
 
 if __name__ == "__main__":
