@@ -50,6 +50,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     max_flows: int = 65536
     max_pending: int = 1024
     max_associations: int = 4096
+    udp_mapping: Literal["endpoint-independent", "address-port"] = "endpoint-independent"  # RFC 4787, REQ-1
+    udp_filtering: Literal["endpoint-independent", "address", "address-port"] = "endpoint-independent"  # REQ-8
+    block_quic: bool = False
     udp_address: str = "auto"
     early_accept: bool = False
     public_only: bool = False
@@ -85,6 +88,14 @@ def load(
         given.update(layer)
     _settle_addresses(given)
     _settle_password(given, layers, env)
+    if (
+        given.get("udp-mapping") == "address-port"
+        and given.setdefault("udp-filtering", "address-port") != "address-port"
+    ):
+        raise ConfigError(
+            f'udp-filtering "{given["udp-filtering"]}" is wider than udp-mapping "address-port", where only one '
+            "destination knows the port: allowed with it is address-port"
+        )
     if given.get("placement") == "single" and given.get("workers", 0) > 1:
         raise ConfigError(f'placement "single" has one worker, not {given["workers"]}: allowed are 0 and 1')
     try:

@@ -326,6 +326,30 @@ KEYS: Final[tuple[Key, ...]] = (
     Key("max-pending", "Connections to the proxy being made at once in one worker.", *_whole(1, 1 << 16), "N"),
     Key("max-associations", "UDP associations in one worker.", *_whole(1, 1 << 16), "N"),
     Key(
+        "udp-mapping",
+        "What shares a public port: endpoint-independent: all that a client socket sends, as games and calls need; "
+        "address-port: what it sends to one destination, spread over all workers (RFC 4787).",
+        "endpoint-independent or address-port",
+        _choice("endpoint-independent", "address-port"),
+        "KIND",
+    ),
+    Key(
+        "udp-filtering",
+        "Who may answer a client socket: endpoint-independent: anybody; address: hosts that it sent to; address-port: "
+        "ports that it sent to (with udp-mapping address-port always).",
+        "endpoint-independent, address or address-port",
+        _choice("endpoint-independent", "address", "address-port"),
+        "KIND",
+    ),
+    Key(
+        "block-quic",
+        "Answer UDP to port 443 with port unreachable, so that browsers use TCP.",
+        _BOOLEAN_ALLOWED,
+        _boolean,
+        "BOOL",
+        boolean=True,
+    ),
+    Key(
         "udp-address",
         "Where datagrams go after UDP ASSOCIATE: auto, peer (the proxy), as-told (by it), or an address.",
         "auto, peer, as-told or an IP address",

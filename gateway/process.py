@@ -300,7 +300,7 @@ def roles_for(placement: str) -> tuple[tuple[Role, ...], Callable[[int], dict[st
     from workers.port import RingPort
 
     def read(setup: Setup, _shard: int, channel: Channel) -> None:
-        reader_main(setup.shared, setup.device, channel, setup.settings.busy_poll)
+        reader_main(setup.shared, setup.device, channel, setup.settings)
 
     def work(setup: Setup, shard: int, channel: Channel) -> None:
         port = RingPort(setup.shared, shard)

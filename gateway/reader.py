@@ -9,6 +9,8 @@ who has it: the frames of a dead worker come home. It looks at addresses and por
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from mmap import mmap
 from select import EPOLLIN, epoll
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -19,8 +21,9 @@ from ipc.memory import SharedMemory
 from ipc.pool import FramePool
 from ipc.ring import Consumer, Producer
 from ipc.wait import spin
+from workers.settings import ADDRESS_PORT, Settings
 from workers.wire import fragments
-from workers.wire.flowkey import BUCKETS, bucket_of
+from workers.wire.flowkey import BUCKETS, bucket_by_destination, bucket_of
 
 if TYPE_CHECKING:
     from gateway.device import Device
@@ -45,8 +48,17 @@ MIN_LENGTH: Final = 30  #: octets; virtio_net_hdr and an IPv4 header
 class Reader:
     """The state of the reader process."""
 
-    def __init__(self, shared: SharedMemory, device: Device, count: memoryview, channel: Channel) -> None:
+    def __init__(
+        self,
+        shared: SharedMemory,
+        device: Device,
+        count: memoryview,
+        channel: Channel,
+        bucket_of: Callable[[mmap, int], int] = bucket_of,
+    ) -> None:
+        """`bucket_of` is one of workers.wire.flowkey."""
         self.shared = shared
+        self._bucket_of = bucket_of
         self.device = device
         self.count = count
         self.channel = channel
@@ -100,6 +112,7 @@ class Reader:
         rx = self.rx
         indirection = self.indirection
         there = self.there
+        bucket_of = self._bucket_of
         total = octets = waiting = 0
         while True:
             if len(free) < LOW_WATER and not waiting:
@@ -210,6 +223,8 @@ class Reader:
         return True
 
 
-def reader_main(shared: SharedMemory, device: Device, channel: Channel, busy_poll: float) -> None:
+def reader_main(shared: SharedMemory, device: Device, channel: Channel, settings: Settings) -> None:
     """Run the reader until the supervisor says stop, or is gone."""
-    Reader(shared, device, shared.counters.block("reader"), channel).run(busy_poll)
+    by_destination = settings.udp_mapping == ADDRESS_PORT
+    hashed = bucket_by_destination if by_destination else bucket_of
+    Reader(shared, device, shared.counters.block("reader"), channel, hashed).run(settings.busy_poll)

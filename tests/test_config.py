@@ -69,6 +69,9 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "max-flows": 10,
         "max-pending": 11,
         "max-associations": 12,
+        "udp-mapping": "address-port",
+        "udp-filtering": "address-port",
+        "block-quic": True,
         "udp-address": "as-told",
         "early-accept": True,
         "public-only": True,
@@ -200,6 +203,13 @@ def test_addresses_that_do_not_fit(flags: dict[str, object], sentence: str) -> N
 
 def test_single_placement_has_one_worker() -> None:
     assert "has one worker, not 2" in refused({"placement": "single", "workers": "2"})
+
+
+def test_filtering_is_never_wider_than_the_mapping() -> None:
+    assert load(env={}, flags={"udp-mapping": "address-port"}).udp_filtering == "address-port"
+    for wider in ("endpoint-independent", "address"):
+        assert "wider than udp-mapping" in refused({"udp-mapping": "address-port", "udp-filtering": wider})
+        assert load(env={}, flags={"udp-filtering": wider}).udp_filtering == wider
 
 
 # -- proxy URLs --

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ipc.layout import FRAME_SIZE
 from workers.wire import ip
 from workers.wire.checksum import checksum
-from workers.wire.flowkey import BUCKETS, FRAGMENT, bucket_of
+from workers.wire.flowkey import BUCKETS, FRAGMENT, bucket_by_destination, bucket_of
 
 AT = FRAME_SIZE  #: the second frame: something stands before it
 MEMORY = mmap(-1, 3 * FRAME_SIZE)
@@ -194,3 +194,32 @@ def test_pings_of_one_program_have_one_bucket(pair, other, identifier, sequence)
 
     if len(pair[0]) == len(other[1]):
         assert ping(pair[1], 1) == ping(other[1], sequence)
+
+
+def test_address_port_mapping_spreads_one_client_socket():
+    """One socket, 200 destinations, four workers: one by default, at least three with all five fields."""
+    for first, second in (("c612 0001", "cb00 7100"), ("20" * 16, "30" * 15 + "00")):
+        source, destination = bytes.fromhex(first), bytes.fromhex(second)
+        usual, spread = set(), set()
+        for number in range(200):
+            target = destination[:-1] + bytes((number,))
+            put(packet_of(source, target, 17, ports(5000, 443)))
+            usual.add(bucket_of(MEMORY, AT) % 4)
+            bucket = bucket_by_destination(MEMORY, AT)
+            spread.add(bucket % 4)
+            # What the client says of an answer belongs where its own datagrams go.
+            quoted = packet_of(target, source, 17, ports(443, 5000))
+            if len(source) == 4:
+                put(packet_of(source, target, 1, b"\3\3" + bytes(6) + quoted))
+            else:
+                put(packet_of(source, target, 58, b"\1\4" + bytes(6) + quoted))
+            assert bucket_by_destination(MEMORY, AT) == bucket
+        assert len(usual) == 1
+        assert len(spread) >= 3
+
+
+@given(addresses, port, port, st.sampled_from((6, 17, 1, 58)))
+def test_other_protocols_lie_in_the_same_bucket_either_way(pair, first, second, protocol):
+    put(packet_of(pair[0], pair[1], protocol, ports(first, second)))
+    if protocol != 17 and pair[0] != pair[1]:
+        assert bucket_by_destination(MEMORY, AT) == bucket_of(MEMORY, AT)

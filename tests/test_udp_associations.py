@@ -332,20 +332,22 @@ class TestLimits:
             shard.run_until(lambda number=number: len(shard.proxy.datagrams) == number + 1)
         later(shard, 1, monkeypatch)
         shard.receive(udp_packet(b"used again", sport=2000))
-        later(shard, 30.5, monkeypatch)
+        later(shard, 2, monkeypatch)
         shard.receive(udp_packet(b"x", sport=3000))
         assert associations(shard) == 3
         left = {int.from_bytes(key[-2:]) for key in shard.udp._associations}
         assert left == {2000, 2002, 3000}
+        assert shard.counted(counts.UDP_EVICTED) == 1
         end(shard)
 
-    def test_none_goes_that_is_in_use(self):
-        shard = make(max_associations=3)
-        for number in range(6):
-            shard.receive(udp_packet(b"x", sport=2000 + number))
-        shard.run_until(lambda: len(shard.proxy.datagrams) == 3)
-        assert shard.counted(counts.UDP_DROPPED_ASSOCIATIONS) == 3
-        assert {int.from_bytes(key[-2:]) for key in shard.udp._associations} == {2000, 2001, 2002}
+    def test_a_flood_ends_what_is_idle_and_itself_not_what_is_used(self):
+        shard = make(max_associations=20)
+        for number in range(300):
+            shard.receive(udp_packet(b"in use", sport=1999), udp_packet(b"x", sport=2000 + number))
+            assert associations(shard) <= 20
+        assert shard.counted(counts.UDP_EVICTED) == 301 - 20
+        assert 1999 in {int.from_bytes(key[-2:]) for key in shard.udp._associations}
+        shard.run_until(lambda: any(payload == b"in use" for _, payload in shard.proxy.datagrams))
         end(shard)
 
     def test_destinations_of_one_client_socket_are_bounded(self):

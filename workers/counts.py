@@ -52,7 +52,7 @@ UDP_DATAGRAMS_UP: Final = _counter("udp_datagrams_up")
 UDP_DATAGRAMS_DOWN: Final = _counter("udp_datagrams_down")
 UDP_IDLE_TIMEOUTS: Final = _counter("udp_idle_timeouts")
 UDP_DROPPED_WAITING: Final = _counter("udp_dropped_waiting")  #: too many datagrams while the association is set up
-UDP_DROPPED_ASSOCIATIONS: Final = _counter("udp_dropped_associations")  #: too many associations
+UDP_EVICTED: Final = _counter("udp_evicted")  #: associations that went for newer ones, the least recently used first
 UDP_DROPPED_DESCRIPTORS: Final = _counter("udp_dropped_descriptors")  #: no file descriptor left
 UDP_DROPPED_SOCKET: Final = _counter("udp_dropped_socket")  #: the socket took no more
 UDP_DROPPED_REFUSED: Final = _counter("udp_dropped_refused")  #: the proxy has no UDP, or refused the association
@@ -62,6 +62,8 @@ UDP_DROPPED_BAD_HEADER: Final = _counter(
 )  #: answers without a valid SOCKS header, or with FRAG
 UDP_DROPPED_UNMAPPABLE: Final = _counter("udp_dropped_unmappable")  #: answers from a name, or of the other IP version
 UDP_DROPPED_PROXY_DOWN: Final = _counter("udp_dropped_proxy_down")  #: the proxy is unreachable
+UDP_DROPPED_FILTERED: Final = _counter("udp_dropped_filtered")  #: answers that udp-filtering refused
+UDP_DROPPED_QUIC: Final = _counter("udp_dropped_quic")  #: datagrams that block-quic refused
 UDP_DROPPED_MULTICAST: Final = _counter("udp_dropped_multicast")  #: no proxy takes multicast or broadcast
 UDP_DROPPED_TOO_BIG: Final = _counter("udp_dropped_too_big")
 UDP_GSO_REFUSED: Final = _counter("udp_gso_refused")  #: sockets whose path takes no UDP_SEGMENT

@@ -1,6 +1,12 @@
 """Settings: what the workers need to know of the configuration, ready for use (addresses packed, URL parsed)."""
 
 from dataclasses import dataclass, field
+from typing import Final
+
+# Mapping and filtering of UDP, RFC 4787, 4.1 and 5.
+ENDPOINT_INDEPENDENT: Final = "endpoint-independent"
+ADDRESS: Final = "address"
+ADDRESS_PORT: Final = "address-port"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,9 @@ class Settings:
     max_flows: int = 65536  #: TCP flows of one worker
     max_pending: int = 1024  #: TCP flows of one worker whose proxy connection is not there yet
     max_associations: int = 4096  #: UDP associations of one worker
+    udp_mapping: str = ENDPOINT_INDEPENDENT  #: what shares a mapping: all of a client socket, or one destination's
+    udp_filtering: str = ENDPOINT_INDEPENDENT  #: who may answer: anybody, ADDRESS or ADDRESS_PORT that was sent to
+    block_quic: bool = False
     udp_address: str = "auto"  #: where datagrams go after UDP ASSOCIATE: auto, peer, as-told, or an address
     early_accept: bool = False
     public_only: bool = False

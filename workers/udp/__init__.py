@@ -7,9 +7,11 @@
 
 | object          | one for each                        | ends                                                     |
 | --------------- | ----------------------------------- | -------------------------------------------------------- |
-| Association     | client socket (address, port)       | idle, control connection closed, least recently used     |
+| Association     | client socket (address, port)¹      | idle, control connection closed, least recently used     |
 | Flow            | client socket and destination       | with its association, or when the table of flows is full |
 | DatagramHeaders | client socket and source of answers | with its association, or when its table is full          |
+
+¹ With udp-mapping address-port: for each flow.
 """
 
 from workers.udp.datagrams import Udp

@@ -192,8 +192,11 @@ class Answers:
         except OSError as error:
             self._failed(association, error)
             return
+        headers = association.sources.get(source) or self._new_direct_source(association, source)
+        if headers is None:
+            return
         association.active_at = now
-        self._send_one(association.sources.get(source) or self._new_direct_source(association, source), 0, size)
+        self._send_one(headers, 0, size)
         if association.quiet:
             association.quiet -= 1
         else:
@@ -247,6 +250,9 @@ class Answers:
                 frame_end = frame + FRAME_SIZE
                 tx[at : at + len(came)] = came
             headers = association.sources.get(source) or self._new_direct_source(association, source)
+            if headers is None:
+                key = None
+                continue
             if received > headers.max_payload:
                 if self._fits(headers, received, at + received <= frame_end):
                     frame = self._send_fragments(headers, frame, at, at + received)
@@ -369,12 +375,15 @@ class Answers:
         except ProtocolError:
             self._count[counts.UDP_DROPPED_BAD_HEADER] += 1
             return None
-        client = association.key
+        client = association.client
         if not isinstance(host, str) and len(host) == 16 and host.startswith(_MAPPED) and len(client) == 6:
             host = host[12:]
         if isinstance(host, str) or len(host) != len(client) - 2:
             # A name instead of an address, for a client that asked for none; or the other IP version.
             self._count[counts.UDP_DROPPED_UNMAPPABLE] += 1
+            return None
+        if not association.permits(host, port):
+            self._count[counts.UDP_DROPPED_FILTERED] += 1
             return None
         key = data[:behind]
         headers = association.sources.get(key)
@@ -382,14 +391,18 @@ class Answers:
             headers = self._remember(association, key, host, port)
         return headers, behind
 
-    def _new_direct_source(self, association: Association, source: tuple[str, int]) -> DatagramHeaders:
-        family = socket.AF_INET if len(association.key) == 6 else socket.AF_INET6
-        return self._remember(association, source, socket.inet_pton(family, source[0].partition("%")[0]), source[1])
+    def _new_direct_source(self, association: Association, source: tuple[str, int]) -> DatagramHeaders | None:
+        family = socket.AF_INET if len(association.client) == 6 else socket.AF_INET6
+        host = socket.inet_pton(family, source[0].partition("%")[0])
+        if not association.permits(host, source[1]):
+            self._count[counts.UDP_DROPPED_FILTERED] += 1
+            return None
+        return self._remember(association, source, host, source[1])
 
     def _remember(self, association: Association, key: object, host: bytes, port: int) -> DatagramHeaders:
         if len(association.sources) >= MAX_SOURCES:
             association.sources.clear()
-        client = association.key
+        client = association.client
         headers = DatagramHeaders(host, port, client[:-2], int.from_bytes(client[-2:], "big"), self._mtu, key)
         association.sources[key] = headers
         return headers

@@ -1,5 +1,7 @@
 """Association: one client socket and the upstream socket that all its datagrams leave through.
 
+With udp-mapping address-port it is one destination of a client socket.
+
     SETTING_UP ── connected ──► READY ── idle, control connection ends, least recently used ──► CLOSED
          └──────── refused, lost, too late ──────────────────────────────────────────────────────┘
 
@@ -17,9 +19,10 @@ from typing import TYPE_CHECKING, Final
 
 from workers import counts, proxyconnection
 from workers.proxyconnection import ProxyConnection, proxy_unreachable
+from workers.settings import ADDRESS, ENDPOINT_INDEPENDENT
 from workers.socks.wire import UDP_ASSOCIATE, Host
 from workers.udp.relayaddress import AUTO, relay_address
-from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, DatagramHeaders
+from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, DatagramHeaders, split_key
 
 if TYPE_CHECKING:
     from workers.udp.datagrams import Udp
@@ -31,6 +34,7 @@ CLOSED: Final = 2
 
 WAITING_DATAGRAMS: Final = 64  #: that wait while an association is set up: a super-frame has so many
 WAITING_OCTETS: Final = 64 * 1024
+MAX_PERMITTED: Final = 1024  #: destinations of one client socket that udp-filtering remembers
 RECEIVE_BUFFER: Final = 1 << 20  #: octets asked of SO_RCVBUF; the kernel gives up to twice net.core.rmem_max
 
 # The path MTU that a connected socket knows; Python has no names for these (linux/in.h, linux/in6.h).
@@ -54,9 +58,12 @@ class Association:
         "_wake_at",
         "active_at",
         "busy",
+        "client",
         "flow_keys",
+        "is_connected",
         "key",
         "only_dns",
+        "permitted",
         "queued_at",
         "quiet",
         "quiet_next",
@@ -71,16 +78,23 @@ class Association:
         "state",
     )
 
-    def __init__(self, udp: Udp, key: bytes, now: float) -> None:
-        """Make one for the client socket `key`: packed address, then the port's two octets."""
+    def __init__(self, udp: Udp, key: bytes, client: bytes, now: float) -> None:
+        """Make one for the client socket `client`: packed address, then the port's two octets.
+
+        `key` is its place in the table: the client, or (udp-mapping address-port) the key of its only flow.
+        """
         self._udp = udp
         self.key = key
+        self.client = client
+        self.is_connected = True  #: the socket has one peer: the proxy's relay, or the only destination
+        #: destinations that may answer, the oldest first; None: anybody may
+        self.permitted: dict[bytes, None] | None = None if udp.filtering == ENDPOINT_INDEPENDENT else {}
         self.state: int = SETTING_UP
         self.active_at = now  #: when a datagram last went either way
         self.queued_at = now  #: when it last took its place in the table, which is in order of use nearly
         self.only_dns = True  #: all its destinations have port 53: then dns_timeout is enough
         self.flow_keys: list[bytes] = []  #: of its flows in the table of flows
-        self.socks_header = 10 if len(key) == 6 else 22  #: octets in front of an answer of the client's IP version
+        self.socks_header = 10 if len(client) == 6 else 22  #: octets in front of an answer of the client's IP version
         #: headers towards the client, by the SOCKS header of the answer (or, for direct://, by its source)
         self.sources: dict[object, DatagramHeaders] = {}
         self.segment_limit = 0  #: octets that a segment of UDP_SEGMENT may have; 0: not to be used
@@ -104,13 +118,28 @@ class Association:
         self._wake(self._started_at + worker.settings.connect_timeout)
 
     def open_direct(self, now: float) -> None:
-        """Open an unconnected socket, which takes answers from anyone. OSError when there is no descriptor."""
+        """Open an unconnected socket, which takes answers from anyone. OSError when there is no descriptor.
+
+        With udp-mapping address-port it is connected to the one destination, and OSError may say that none leads there.
+        """
         udp = self._udp
-        family, overhead = (socket.AF_INET, IPV4_OVERHEAD) if len(self.key) == 6 else (socket.AF_INET6, IPV6_OVERHEAD)
+        family = socket.AF_INET if len(self.client) == 6 else socket.AF_INET6
         opened = udp.worker.upstream.open(family, socket.SOCK_DGRAM)
-        self._use(opened, _ETHERNET - overhead)
-        self.receive_from = opened.recvfrom_into
-        udp.worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_anyone, self))
+        if self.key == self.client:
+            self.is_connected = False
+            overhead = IPV4_OVERHEAD if family == socket.AF_INET else IPV6_OVERHEAD
+            self._use(opened, _ETHERNET - overhead)
+            self.receive_from = opened.recvfrom_into
+            udp.worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_anyone, self))
+        else:
+            source, source_port, host, port = split_key(self.key)
+            limit = self._connected_to(opened, family, socket.inet_ntop(family, host), port)
+            self._use(opened, limit)
+            # No SOCKS header stands in front of answers, and all have one source.
+            self.socks_header = 0
+            mtu = udp.worker.settings.mtu
+            self.sources[b""] = DatagramHeaders(host, port, source, source_port, mtu, b"")
+            udp.worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_relay, self))
         self._wake(now + self._idle_timeout())
 
     def connected(self, bound: tuple[Host, int], now: float) -> None:
@@ -153,17 +182,19 @@ class Association:
         family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
         name = self._control.peer_name if address == self._control.peer else socket.inet_ntop(family, address)
         opened = worker.upstream.open(family, socket.SOCK_DGRAM)
+        self._use(opened, self._connected_to(opened, family, name, port))
+        worker.watch(opened.fileno(), EPOLLIN, partial(self._udp.answers.from_relay, self))
+
+    def _connected_to(self, opened: socket.socket, family: int, name: str, port: int) -> int:
+        """Connect a socket, and return how many octets of payload the path's MTU has room for."""
         try:
             opened.connect((name, port))
             if family == socket.AF_INET:
-                limit = opened.getsockopt(socket.IPPROTO_IP, _IP_MTU) - IPV4_OVERHEAD
-            else:
-                limit = opened.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU) - IPV6_OVERHEAD
+                return opened.getsockopt(socket.IPPROTO_IP, _IP_MTU) - IPV4_OVERHEAD
+            return opened.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU) - IPV6_OVERHEAD
         except OSError:
             opened.close()
             raise
-        self._use(opened, limit)
-        worker.watch(opened.fileno(), EPOLLIN, partial(self._udp.answers.from_relay, self))
 
     def _use(self, opened: socket.socket, segment_limit: int) -> None:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
@@ -177,6 +208,21 @@ class Association:
         self.sendmsg = opened.sendmsg
         self.state = READY
         self._count(counts.UDP_OPENED, 1)
+
+    def permit(self, host: bytes, port: int) -> None:
+        """Let a destination answer from now on, if not all may."""
+        permitted = self.permitted
+        if permitted is not None:
+            if len(permitted) >= MAX_PERMITTED:
+                del permitted[next(iter(permitted))]
+            permitted[self._name(host, port)] = None
+
+    def permits(self, host: bytes, port: int) -> bool:
+        """Say whether an answer may come from there."""
+        return self.permitted is None or self._name(host, port) in self.permitted
+
+    def _name(self, host: bytes, port: int) -> bytes:
+        return host if self._udp.filtering == ADDRESS else host + port.to_bytes(2, "big")
 
     def wait(self, flow: Flow, payload: bytes) -> None:
         """Keep a copy of a datagram until the association is ready; what is too much is dropped and counted."""

@@ -17,6 +17,7 @@ from workers.dns.over_tcp import DnsOverTcp
 from workers.icmp import ADMIN, HOST, NET, PORT
 from workers.proxyconnection import proxy_unreachable
 from workers.public import is_public
+from workers.settings import ADDRESS_PORT
 from workers.udp.answers import Answers
 from workers.udp.association import CLOSED, READY, Association
 from workers.udp.availability import DOWN, Availability
@@ -33,11 +34,11 @@ UDP_SEGMENT: Final = 103
 MAX_SEGMENTS: Final = 64  #: of one sendmsg; UDP_MAX_SEGMENTS was 64 until Linux 6.9
 MAX_SEGMENTED: Final = 65487  #: octets of one sendmsg: 65,535 less the IPv6 and UDP headers
 DNS_PORT: Final = 53
+QUIC_PORT: Final = 443
 
 FLOWS_PER_ASSOCIATION: Final = 1024  #: destinations that one client socket has prepared headers for
 FLOWS_FACTOR: Final = 16  #: the same for the worker, times max_associations
 EVICTION_LOOKS: Final = 16  #: associations looked at to find one that was not used lately
-EVICTION_IDLE: Final = 30.0  #: seconds unused after which one may go in favour of a new one
 QUOTED: Final = 512  #: octets of payload that an ICMP error may quote
 
 #: errno of direct:// → what the client is told
@@ -58,11 +59,15 @@ class Udp:
         self._count = worker.count
         self._direct = worker.upstream.direct
         self._public_only = settings.public_only
+        self._block_quic = settings.block_quic
+        self.filtering = settings.udp_filtering
+        self._by_destination = settings.udp_mapping == ADDRESS_PORT
         self._own = (settings.own_address4, settings.own_address6)
         self._max_associations = settings.max_associations
         self._max_flows = FLOWS_FACTOR * settings.max_associations
         self._flows: dict[bytes, Flow] = {}
-        self._associations: dict[bytes, Association] = {}  # by client socket, the least recently used first (nearly)
+        #: by client socket (or by flow), the least recently used first (nearly)
+        self._associations: dict[bytes, Association] = {}
         self._waiting: list[Flow] = []  # flows with pieces of this batch
         self._ancillary: dict[int, list[tuple[int, int, bytes]]] = {}  # UDP_SEGMENT by size
         upstream = worker.upstream
@@ -142,10 +147,10 @@ class Udp:
         flow.pieces = []
         association = flow.association
         number = len(pieces)
+        association.active_at = now
         if association.state != READY:
             self._hold(flow, pieces)
             return
-        association.active_at = now
         try:
             if number == 1:
                 if flow.address is None:
@@ -197,11 +202,11 @@ class Udp:
         association = flow.association
         header = flow.header
         cuts = [view[cut : min(cut + size, end)] for cut in range(payload, end, size)]
+        association.active_at = now
         if association.state != READY:
             for cut in cuts:
                 association.wait(flow, bytes(cut))
             return
-        association.active_at = now
         each = size + len(header)
         at_once = min(MAX_SEGMENTS, MAX_SEGMENTED // each) if each <= association.segment_limit else 1
         for first in range(0, len(cuts), at_once):
@@ -310,8 +315,12 @@ class Udp:
             self._count[counts.NOT_PUBLIC] += 1
             self.worker.icmp.unreachable(packet_of(key, datagram[:QUOTED]), ADMIN)
             return None
+        if self._block_quic and port == QUIC_PORT:
+            self._count[counts.UDP_DROPPED_QUIC] += 1
+            self.worker.icmp.unreachable(packet_of(key, datagram[:QUOTED]), PORT)
+            return None
         client = source + source_port.to_bytes(2, "big")
-        association = self._associations.get(client)
+        association = self._associations.get(key if self._by_destination else client)
         if association is None:
             code = self.availability.refused(now)
             if code is not None:
@@ -322,6 +331,7 @@ class Udp:
                 return None
         if port != DNS_PORT:
             association.only_dns = False
+        association.permit(destination, port)
         if len(association.flow_keys) >= FLOWS_PER_ASSOCIATION:
             self._forget_flows(association)
         elif len(self._flows) >= self._max_flows:
@@ -334,10 +344,9 @@ class Udp:
         return flow
 
     def _new_association(self, client: bytes, key: bytes, payload: bytes, now: float) -> Association | None:
-        if len(self._associations) >= self._max_associations and not self._evict(now):
-            self._count[counts.UDP_DROPPED_ASSOCIATIONS] += 1
-            return None
-        association = Association(self, client, now)
+        if len(self._associations) >= self._max_associations:
+            self._evict()
+        association = Association(self, key if self._by_destination else client, client, now)
         try:
             if self._direct:
                 association.open_direct(now)
@@ -345,32 +354,34 @@ class Udp:
                 association.associate()
         except OSError as error:
             association.close()
-            if self._direct or error.errno in (errno.EMFILE, errno.ENFILE):
+            if self._direct and error.errno in _NO_WAY:
+                self._count[counts.UDP_DROPPED_SOCKET] += 1
+                self.worker.icmp.unreachable(packet_of(key, payload[:QUOTED]), _NO_WAY[error.errno])
+            elif self._direct or error.errno in (errno.EMFILE, errno.ENFILE):
                 self._count[counts.UDP_DROPPED_DESCRIPTORS] += 1
             else:
                 proxy_unreachable(self.worker, error.strerror or str(error))
                 self.undelivered(key, payload, self.availability.is_down(now), now)
             return None
-        self._associations[client] = association
+        self._associations[association.key] = association
         self._count[counts.UDP_ASSOCIATIONS] = len(self._associations)
         return association
 
-    def _evict(self, now: float) -> bool:
+    def _evict(self) -> None:
         """End the association that was not used for the longest time, of the first few in the table.
 
-        False: all are in use. Then they are kept, and the new one is refused, or a flood would end them all.
+        A flood of client sockets so ends what is idle, and itself: what is used again before the flood has filled the
+        table once, stays. Refusing the new ones would lock out everybody for as long as the flood's live.
         """
         looked_at = list(islice(self._associations.items(), EVICTION_LOOKS))
         victim = min((association for _, association in looked_at), key=lambda association: association.active_at)
-        for client, association in looked_at:
+        for key, association in looked_at:
             if association is not victim and association.active_at > association.queued_at:
                 association.queued_at = association.active_at
-                self._associations[client] = self._associations.pop(client)
-        if now - victim.active_at < EVICTION_IDLE:
-            return False
+                self._associations[key] = self._associations.pop(key)
         self.remove(victim)
         victim.close()
-        return True
+        self._count[counts.UDP_EVICTED] += 1
 
     def _forget_flows(self, association: Association) -> None:
         for key in association.flow_keys:
