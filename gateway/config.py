@@ -47,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     dns_timeout: float = 10.0
     tcp_timeout: float = 7440.0  # RFC 5382, 5: two hours and four minutes
     tcp_half_closed_timeout: float = 7200.0
+    tcp_receive_buffer: int = 4 << 20
     max_flows: int = 65536
     max_pending: int = 1024
     max_associations: int = 4096

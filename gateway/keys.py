@@ -104,6 +104,24 @@ def _choice(*names: str) -> Reader:
     return read
 
 
+_SIZE: Final = re.compile(r"([0-9]{1,19})([kmg]?)(i?b)?", re.IGNORECASE)
+
+
+def _size(low: int, high: int) -> Reader:
+    """Read a number of bytes, or one with a unit ("256k", "4MiB"); units are powers of 1,024, as tun2socks has them."""
+    within = _integer(low, high)
+
+    def read(raw: object, text: bool) -> object:
+        if isinstance(raw, str):
+            match = _SIZE.fullmatch(raw.strip())
+            if match is None:
+                raise ValueError
+            raw = int(match[1]) << " kmg".index(match[2].lower() or " ") * 10
+        return within(raw, text)
+
+    return read
+
+
 # Go's strconv.ParseBool, and what shells and ini files write.
 _TRUE: Final = frozenset(("1", "t", "true", "yes", "on"))
 _FALSE: Final = frozenset(("0", "f", "false", "no", "off"))
@@ -322,6 +340,14 @@ KEYS: Final[tuple[Key, ...]] = (
     _duration("dns-timeout", "How long a DNS query waits for its answer."),
     _duration("tcp-timeout", "How long a TCP connection lives without traffic (RFC 5382)."),
     _duration("tcp-half-closed-timeout", "How long a half-closed TCP connection lives without traffic."),
+    Key(
+        "tcp-receive-buffer",
+        "Bytes of one TCP connection that may wait for the proxy; its window starts small and grows up to that.",
+        'a size from 64k to 1g, in bytes (4194304) or as "512k", "4m"',
+        _size(64 << 10, 1 << 30),
+        "BYTES",
+        ("--tcp-rcvbuf",),
+    ),
     Key("max-flows", "Flows in one worker; more are refused.", *_whole(1, 1 << 20), "N"),
     Key("max-pending", "Connections to the proxy being made at once in one worker.", *_whole(1, 1 << 16), "N"),
     Key("max-associations", "UDP associations in one worker.", *_whole(1, 1 << 16), "N"),

@@ -39,6 +39,7 @@ def settings_from(config: "Config", mtu: int, addresses: list[tuple[str, int]]) 
         dns_timeout=config.dns_timeout,
         tcp_timeout=config.tcp_timeout,
         tcp_half_closed_timeout=config.tcp_half_closed_timeout,
+        tcp_receive_buffer=config.tcp_receive_buffer,
         max_flows=config.max_flows,
         max_pending=config.max_pending,
         max_associations=config.max_associations,

@@ -20,7 +20,6 @@ from pathlib import Path
 from workers.tcp import events
 from workers.tcp.connection import Connection
 from workers.tcp.events import AT_ONCE, DELAYED, TEXT
-from workers.tcp.limits import DELAYED_ACK
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, URG, Segment
 from workers.tcp.states import NAMES
 
@@ -151,7 +150,7 @@ class Script:
             if self._delayed_at <= self.now:
                 self._delayed_at = inf
                 if conn.ack_due == DELAYED:
-                    due_at = conn.rcv.text_at + DELAYED_ACK
+                    due_at = conn.rcv.ack_at
                     if due_at > self.now:
                         self._delayed_at = due_at
                     else:
@@ -203,7 +202,7 @@ class Script:
         self._output()
         self._in_batch = True
         if conn.ack_due == DELAYED and self._delayed_at == inf:
-            self._delayed_at = self.now + DELAYED_ACK
+            self._delayed_at = conn.rcv.ack_at
 
     def _our_ts(self, milliseconds: int) -> int:
         return (int(START * 1000) + milliseconds) & MASK if milliseconds else 0

@@ -66,6 +66,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "dns-timeout": 5.0,
         "tcp-timeout": 300.0,
         "tcp-half-closed-timeout": 60.0,
+        "tcp-receive-buffer": 1 << 20,
         "max-flows": 10,
         "max-pending": 11,
         "max-associations": 12,
@@ -107,6 +108,9 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         ("mtu 1500", "not TOML: Expected '=' after a key"),
         ("tun-dns = [1]", "tun-dns = [1]: allowed is IP addresses"),
         ('udp-timeout = "soon"', "udp-timeout = 'soon': allowed is a time above 0"),
+        ("tcp-receive-buffer = 65535", "tcp-receive-buffer = 65535: allowed is a size from 64k to 1g"),
+        ('tcp-receive-buffer = "2g"', "tcp-receive-buffer = '2g': allowed is a size from 64k to 1g"),
+        ('tcp-receive-buffer = "4 MB"', "tcp-receive-buffer = '4 MB': allowed is a size from 64k to 1g"),
         ("udp-timeout = inf", "udp-timeout = inf: allowed is a time above 0"),
         ('proxy = "https://u:secret@h"', "proxy: https:// is not supported yet: allowed are socks5://"),
     ],
@@ -123,6 +127,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "Is a directory" in refused(path=tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'user = "\xe9"')
     assert "not UTF-8 at byte 8" in refused(path=tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "octets"), [("65536", 65536), ("512k", 512 << 10), ("4M", 4 << 20), ("4MiB", 4 << 20), ("1gb", 1 << 30)]
+)
+def test_sizes(tmp_path: Path, text: str, octets: int) -> None:
+    assert load(None, {}, {"tcp-receive-buffer": text}).tcp_receive_buffer == octets
+    assert load(written(tmp_path, f'tcp-receive-buffer = "{text}"'), {}, {}).tcp_receive_buffer == octets
 
 
 def test_errors_name_the_flag_or_the_variable() -> None:

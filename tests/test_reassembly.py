@@ -128,7 +128,7 @@ def test_small_segments_behind_one_gap_do_not_use_up_the_chunks():
 
 
 def test_taking_advances_over_the_wrap():
-    rcv = ReceiveSpace(2**32 - 3, 1000)
+    rcv = ReceiveSpace(2**32 - 3, 1000, 500)
     rcv.insert(2, b"cdef")
     rcv.taken, rcv.nxt = 3, 1
     assert rcv.take_ready() == b"def"

@@ -34,6 +34,7 @@ def test_everything_that_is_handed_on():
         dns_timeout=5,
         tcp_timeout=6,
         tcp_half_closed_timeout=8,
+        tcp_receive_buffer=70_000,
         max_flows=9,
         max_pending=10,
         max_associations=11,
@@ -48,6 +49,7 @@ def test_everything_that_is_handed_on():
     assert (settings.fwmark, settings.interface, settings.mtu) == (7, "eth0", 9000)
     timeouts = ("connect_timeout", "udp_timeout", "dns_timeout", "tcp_timeout", "tcp_half_closed_timeout")
     assert [getattr(settings, name) for name in timeouts] == [3, 4, 5, 6, 8]
+    assert settings.tcp_receive_buffer == 70_000
     assert (settings.max_flows, settings.max_pending, settings.max_associations) == (9, 10, 11)
     assert (settings.udp_address, settings.public_only, settings.early_accept) == ("peer", True, True)
     assert settings.busy_poll == pytest.approx(50e-6)

@@ -22,7 +22,7 @@ from tests.builders import (
 )
 from workers.tcp.connection import Connection
 from workers.tcp.events import ACKED, AT_ONCE, DELAYED, ENDED, GAVE_UP, NOT_DUE, OPENED, REMOTE_CLOSED, RESET, TEXT
-from workers.tcp.limits import MAX_PACKET, MAX_RETRIES, RECEIVE_BUFFER, SEND_BUFFER
+from workers.tcp.limits import FIRST_BUFFER, MAX_PACKET, MAX_RETRIES, SEND_BUFFER
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.states import ALLOWED, CLOSED, ESTABLISHED, NAMES, SYN_RECEIVED, TIME_WAIT
 
@@ -210,7 +210,7 @@ class TestReceiveWindow:
     def test_it_opens_by_steps(self):
         conn = established(scale=0)
         mss = conn.announced_mss
-        conn.rcv.pending = RECEIVE_BUFFER
+        conn.rcv.pending = FIRST_BUFFER
         arrive(conn, segment(1, length=60_000))
         sent(conn)
         edge = conn.rcv.adv
@@ -304,3 +304,10 @@ def test_closed_is_silent():
     assert arrive(conn, segment(1, length=10, flags=FIN)) == 0
     assert sent(conn) == []
     assert snapshot(conn) == before
+
+
+def test_nothing_but_the_reset_follows_an_abort():
+    conn = established(sack=True)
+    conn.segment_arrives(segment(101, length=100), bytes(100), NOW)
+    conn.abort()
+    assert [flags for flags, *_ in sent(conn)] == [RST | ACK]

@@ -138,7 +138,7 @@ class Dial:
         flows = self.flows
         key = self.key
         mss, version = (flows.mss4, 4) if len(key) == 12 else (flows.mss6, 6)
-        conn = Connection(self.syn, flows.initial_sequence_number(key, now), mss)
+        conn = Connection(self.syn, flows.initial_sequence_number(key, now), mss, flows.policy)
         headers = Headers(version, reply_addresses(key), conn.smss, conn.timestamps)
         flows.table[key] = relay = Relay(flows, key, conn, headers, ProxySocket(flows, self), now)
         return relay

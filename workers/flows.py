@@ -20,6 +20,7 @@ from workers.relay import Relay
 from workers.socks.wire import ProtocolError
 from workers.tcp.connection import Connection
 from workers.tcp.events import ENDED
+from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
 from workers.wire import vnet
@@ -102,6 +103,7 @@ class TcpFlows:
         self.early_accept = settings.early_accept
         self.mss4 = settings.mtu - 40
         self.mss6 = settings.mtu - 60
+        self.policy = Policy(settings.tcp_receive_buffer, worker.count)
         self.table: dict[bytes, Flow] = {}
         self.out = Segment()  #: filled by each connection in turn
         self.acks: list[Relay] = []  #: flows that may owe a pure ACK at the end of the batch

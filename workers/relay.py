@@ -33,7 +33,6 @@ from workers.tcp.events import (
     TEXT,
     UNACCEPTABLE_ACK,
 )
-from workers.tcp.limits import DELAYED_ACK
 from workers.tcp.segment import Segment
 from workers.tcp.states import SYN_RECEIVED, TIME_WAIT
 from workers.unacked import Unacked
@@ -124,7 +123,7 @@ class Relay:
                 self.flows.acks.append(self)
         elif due == DELAYED and not self._in_delayed:
             self._in_delayed = True
-            self.flows.delayed.append((now + DELAYED_ACK, self))
+            self.flows.delayed.append((conn.rcv.ack_at, self))
         if conn.deadline < self._wake_at:
             self._arm()
 
@@ -173,10 +172,10 @@ class Relay:
         self._in_delayed = False
         conn = self.conn
         if conn.ack_due == DELAYED:
-            due_at = conn.rcv.text_at + DELAYED_ACK
-            if due_at > now:
+            due_at = conn.rcv.ack_at
+            if due_at > now:  # it is another one, younger than the entry; the queue would be out of order
                 self._in_delayed = True
-                self.flows.delayed.append((due_at, self))
+                self.flows.timers.call_at(due_at, self.delayed_ack_due)
                 return
             conn.delayed_ack_timeout()
             self.ack_at_end_of_batch(now)

@@ -5,8 +5,18 @@ from __future__ import annotations
 from mmap import mmap
 from typing import TYPE_CHECKING
 
-from workers.tcp.events import AT_ONCE, OPENED, REMOTE_CLOSED, RESET, UNACCEPTABLE_ACK
-from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
+from workers.tcp.events import (
+    AT_END_OF_BATCH,
+    AT_ONCE,
+    DELAYED,
+    NOT_DUE,
+    OPENED,
+    REMOTE_CLOSED,
+    RESET,
+    UNACCEPTABLE_ACK,
+)
+from workers.tcp.limits import DELAYED_ACK, QUICK_ACKS
+from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
 from workers.tcp.states import (
     CLOSE_WAIT,
@@ -60,6 +70,7 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
             return  # else the window is closed: the ACK of a probe is taken all the same, its text and FIN are not
     if conn.timestamps and seg.ts_present and (rcv.nxt - rcv.unacked - seg.seq) & MASK < HALF:
         conn.ts_recent = seg.ts_val  # R3: the segment covers the last ACK sent
+        rcv.ts_ecr = seg.ts_ecr
 
     # Second, check the RST bit; only the exact number resets (RFC 5961, 3.2).
     if seg.flags & RST:
@@ -150,7 +161,7 @@ def _text_arrives(conn: Connection, seg: Segment, seg_len: int, offset: int, mem
     at = seg.text_at
     if offset >= HALF:  # it begins before RCV.NXT
         skip = -offset & MASK
-        conn.ack_due = AT_ONCE
+        _ack_at_once(conn)
         _came_again(conn, seg.seq, min(skip, seg_len))
         if skip >= seg_len:
             return
@@ -159,20 +170,45 @@ def _text_arrives(conn: Connection, seg: Segment, seg_len: int, offset: int, mem
         offset = 0
     seg_len = min(seg_len, rcv.wnd - offset)  # it may end behind the window
     if offset:
-        conn.ack_due = AT_ONCE  # RFC 5681, 4.2: a duplicate ACK tells of the gap
+        _ack_at_once(conn)  # RFC 5681, 4.2: a duplicate ACK tells of the gap
         again = rcv.insert(rcv.taken + offset, memory[at : at + seg_len])
         if conn.sack:
             rcv.blocks_due = True
             rcv.again = again
         return
     if rcv.pieces is not None:
-        conn.ack_due = AT_ONCE  # RFC 5681, 4.2: so does one that fills (a part of) it
+        _ack_at_once(conn)  # RFC 5681, 4.2: so does one that fills (a part of) it
         if conn.sack:
             rcv.blocks_due = True
             rcv.again = rcv.again or rcv.pieces.first_kept(rcv.taken + seg_len)
     seg.text_at = at
     seg.len = seg_len
     conn.text_in_order(seg, now)
+
+
+def _ack_at_once(conn: Connection) -> None:
+    """Acknowledge text that tells of a loss; what follows does not wait either, the sender's window is small now."""
+    conn.ack_due = AT_ONCE
+    conn.rcv.quick = QUICK_ACKS
+    conn.pingpong = False
+
+
+def little_text(conn: Connection, seg: Segment, now: float) -> None:
+    """See when the ACK is due for text in order that is less than two full segments (RFC 9293, 3.8.6.3).
+
+    It waits while our text may soon carry it. Where no text of ours goes, it waits only for a second segment: not at
+    first, when the peer's window is small, not after a pause, and not at the end of what the peer pushed (as Linux).
+    """
+    rcv = conn.rcv
+    if not conn.pingpong:
+        if now - rcv.text_at > conn.rtt.rto:
+            rcv.quick = QUICK_ACKS
+        if rcv.quick or (seg.flags & PSH and seg.len < rcv.mss):
+            conn.ack_due = AT_END_OF_BATCH
+            return
+    if conn.ack_due == NOT_DUE:
+        conn.ack_due = DELAYED
+        rcv.ack_at = now + DELAYED_ACK
 
 
 def _came_again(conn: Connection, seq: int, octets: int) -> None:

@@ -28,14 +28,14 @@ from workers.tcp.events import (
 )
 from workers.tcp.limits import (
     DEFAULT_MSS,
+    FIRST_BUFFER,
     MAX_PACKET,
     MAX_RETRIES,
     MAX_RTT,
     MAX_SYN_RETRIES,
-    RECEIVE_BUFFER,
-    RECEIVE_SCALE,
     SEND_BUFFER,
 )
+from workers.tcp.policy import Policy
 from workers.tcp.receive import ReceiveSpace
 from workers.tcp.rtt import GRANULARITY, MIN_RTO, RttEstimator
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
@@ -65,6 +65,7 @@ class Connection:
         "events",
         "persist_at",
         "pingpong",
+        "policy",
         "probe_due",
         "rcv",
         "reset_due",
@@ -83,12 +84,13 @@ class Connection:
         "ts_recent",
     )
 
-    def __init__(self, syn: Segment, iss: int, mss: int) -> None:
+    def __init__(self, syn: Segment, iss: int, mss: int, policy: Policy | None = None) -> None:
         """Take the peer's SYN; `iss` as RFC 6528 says, `mss` what the device's MTU leaves for text (octets)."""
+        self.policy = policy = policy or Policy()
         self.state = SYN_RECEIVED
         self.events = 0
         self.snd = snd = SendSpace(iss)
-        self.rcv = rcv = ReceiveSpace(syn.seq, RECEIVE_BUFFER)
+        self.rcv = rcv = ReceiveSpace(syn.seq, min(FIRST_BUFFER, policy.receive_buffer), mss)
         self.rtt = RttEstimator()
         self.announced_mss = mss  #: the MSS option of our SYN-ACK
         self.timestamps = syn.ts_present  #: RFC 7323: each segment carries the option
@@ -96,9 +98,10 @@ class Connection:
         self.sack = syn.sack_permitted  #: RFC 2018: both sides permit SACK
         if syn.window_scale >= 0:
             snd.scale = syn.window_scale
-            rcv.scale = RECEIVE_SCALE
+            rcv.scale = policy.scale
+            rcv.tuning.limit = policy.receive_buffer
         else:
-            rcv.buffer = min(rcv.buffer, 65535)
+            rcv.buffer = rcv.tuning.limit = min(rcv.buffer, 65535)
         rcv.step = min(rcv.buffer // 2, 2 * mss)
         snd.wnd = snd.max_wnd = syn.wnd  # the window of a SYN is never scaled (RFC 7323, 2.2)
         snd.wl1 = syn.seq
@@ -135,6 +138,8 @@ class Connection:
     def abort(self) -> None:
         """Send RST and be done."""
         self.reset_due = True
+        self.ack_due = NOT_DUE
+        self.rcv.blocks_due = False
         self.enter(CLOSED)
 
     def room(self) -> int:
@@ -195,6 +200,7 @@ class Connection:
             # The fast path: the next segment in order. Same result as the steps (tests/test_tcp_fast_path.py).
             if self.timestamps and not rcv.unacked:  # RFC 7323, 4.3: a delayed ACK echoes its first segment
                 self.ts_recent = seg.ts_val
+                rcv.ts_ecr = seg.ts_ecr
             if seg.ack != snd.una:
                 self.acknowledged(seg, now)
             self.update_window(seg)
@@ -266,13 +272,19 @@ class Connection:
     def text_in_order(self, seg: Segment, now: float) -> None:
         """Advance RCV.NXT over the whole text of seg, and see when the ACK is due."""
         rcv = self.rcv
-        rcv.nxt = (rcv.nxt + seg.len) & MASK
-        rcv.taken += seg.len
-        rcv.unacked += seg.len
-        rcv.text_at = now
+        length = seg.len
+        rcv.nxt = (rcv.nxt + length) & MASK
+        rcv.taken += length
+        rcv.unacked = unacked = rcv.unacked + length
         self.events |= TEXT
         if self.ack_due < AT_END_OF_BATCH:
-            self.ack_due = DELAYED if self.pingpong and rcv.unacked < 2 * self.announced_mss else AT_END_OF_BATCH
+            if unacked > rcv.mss:  # every second full segment at least (RFC 9293, 3.8.6.3)
+                self.ack_due = AT_END_OF_BATCH
+                if rcv.mss < length and rcv.mss < self.announced_mss:
+                    rcv.mss = min(length, self.announced_mss)
+            else:
+                arrival.little_text(self, seg, now)
+        rcv.text_at = now
 
     def enter(self, state: int) -> None:
         """Change the state: the one door, which knows what RFC 9293 allows."""
@@ -282,6 +294,7 @@ class Connection:
         if state in (CLOSED, TIME_WAIT):
             self.rto_at = self.persist_at = inf
             self.events |= ENDED
+            self.rcv.tuning.give_back(self.policy)
 
     def end(self, event: int) -> None:
         """Enter CLOSED and say why."""

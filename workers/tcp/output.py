@@ -60,6 +60,8 @@ def ack_to_send(conn: Connection, out: Segment, now: float) -> bool:
     if conn.ack_due < AT_END_OF_BATCH:
         return False
     _fill(conn, out, ACK, conn.snd.nxt, 0, now)
+    if conn.rcv.quick:
+        conn.rcv.quick -= 1
     if conn.rcv.blocks_due:
         conn.rcv.blocks_due = False
         conn.ack_due = NOT_DUE
@@ -134,6 +136,8 @@ def text_at_once(conn: Connection, out: Segment, octets: int, now: float) -> boo
 
 def _fill(conn: Connection, out: Segment, flags: int, seq: int, length: int, now: float) -> None:
     rcv = conn.rcv
+    if now >= rcv.tuning.ends_at:
+        rcv.tuning.round_ends(conn, now)
     out.flags = flags
     out.seq = seq
     out.len = length

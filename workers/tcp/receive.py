@@ -5,38 +5,53 @@
 taken    may be sent by the peer     not yet allowed
 """
 
+from math import inf
+
+from workers.tcp.limits import DEFAULT_MSS, QUICK_ACKS
 from workers.tcp.reassembly import Range, Reassembly
 from workers.tcp.sequence import MASK
+from workers.tcp.tuning import Tuning
 
 
 class ReceiveSpace:
     """RCV.*; all sequence numbers modulo 2**32, sizes in octets."""
 
     __slots__ = (
+        "ack_at",
         "adv",
         "again",
         "blocks_due",
         "buffer",
         "fin_at",
         "irs",
+        "mss",
         "nxt",
         "pending",
         "pieces",
+        "quick",
         "scale",
         "step",
         "taken",
         "text_at",
+        "ts_ecr",
+        "tuning",
         "unacked",
     )
 
-    def __init__(self, irs: int, buffer: int) -> None:
+    def __init__(self, irs: int, buffer: int, mss: int) -> None:
+        """`buffer`: octets that may wait for the proxy at first; `mss`: what we announce."""
         self.irs = irs  #: IRS, the initial receive sequence number
         self.nxt = (irs + 1) & MASK  #: RCV.NXT, the next sequence number expected
         self.buffer = buffer  #: octets that may wait for the proxy; the largest window
         self.adv = (self.nxt + min(buffer, 65535)) & MASK  #: RCV.NXT + RCV.WND, the right edge as last advertised
         self.scale = 0  #: Rcv.Wind.Shift (RFC 7323)
         self.pending = 0  #: octets delivered that the proxy has not taken yet; the relay keeps it true
-        self.step = buffer // 2  #: octets; the right edge moves by no less (RFC 9293, 3.8.6.2.2)
+        self.step = 0  #: octets; the right edge moves by no less (RFC 9293, 3.8.6.2.2)
+        self.mss = min(DEFAULT_MSS, mss)  #: octets of the largest segment seen, an estimate of the peer's Eff.snd.MSS
+        self.quick = QUICK_ACKS  #: ACKs that do not wait for a second segment
+        self.ack_at = inf  #: when the delayed ACK must go
+        self.tuning = Tuning(buffer, mss)  #: lets the buffer grow
+        self.ts_ecr = 0  #: SEG.TSecr of the segment that set TS.Recent
         self.unacked = 0  #: octets of text received since the last ACK was sent
         self.text_at = -1.0  #: when text last arrived
         self.taken = 0  #: octets of the stream delivered so far: the position of RCV.NXT, never wraps

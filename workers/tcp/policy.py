@@ -1,0 +1,19 @@
+"""Policy: what all connections of one worker share: what is configured, budgets that they draw on, and counters."""
+
+from workers import counts
+from workers.tcp.limits import FIRST_BUFFER, GROWN_FLOWS, RECEIVE_BUFFER
+
+
+class Policy:
+    """One for each worker; the numbers that change are changed by its connections."""
+
+    __slots__ = ("count", "growth", "receive_buffer", "scale")
+
+    def __init__(self, receive_buffer: int = RECEIVE_BUFFER, count: memoryview | list[int] | None = None) -> None:
+        """`receive_buffer`: octets of one flow that may wait for the proxy; `count`: the worker's counters."""
+        self.count = [0] * len(counts.NAMES) if count is None else count
+        self.receive_buffer = receive_buffer
+        #: Rcv.Wind.Shift that we announce (RFC 7323): the whole buffer can be said in 16 bits
+        self.scale = max(7, (receive_buffer - 1).bit_length() - 16)
+        #: octets by which receive buffers may still grow: their sum is bounded, however many flows there are
+        self.growth = GROWN_FLOWS * max(receive_buffer - FIRST_BUFFER, 0)
