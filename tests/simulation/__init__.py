@@ -9,4 +9,5 @@ With --worker a whole Worker stands there, with frames, flows, relays and timers
 
     python -m tests.simulation [--worker] FIRST LAST    run seeds, print those that fail
     python -m tests.simulation [--worker] SEED          run one, and print every packet
+    python -m tests.simulation --table                  measure throughput over loss and delay (table.py)
 """

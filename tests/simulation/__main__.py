@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from tests.simulation import scenario, whole_scenario
+from tests.simulation import scenario, table, whole_scenario
 from tests.simulation.whole_worker import WholeWorker
 
 
@@ -29,6 +29,9 @@ def of_a_whole_worker(seed: int, tell: Callable[[str], None] | None = None) -> o
 
 def main(words: list[str]) -> int:
     """Run what the command line says; 1 when a seed failed."""
+    if words == ["--table"]:
+        table.FILE.write_text(table.table())
+        return 0
     whole = "--worker" in words
     run: Callable = of_a_whole_worker if whole else scenario.run
     numbers = [int(word) for word in words if word != "--worker"]

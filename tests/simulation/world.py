@@ -87,13 +87,13 @@ class World:
         self._number += 1
         heapq.heappush(self._queue, (when, self._number, call, argument))
 
-    def run(self, done: Callable[[], bool], max_seconds: float = MAX_SECONDS, max_steps: int = MAX_STEPS) -> None:
-        """Let happen what happens until nothing is on the way and done() is true."""
+    def run(self, done: Callable[[], bool], until_idle: bool = True) -> None:
+        """Let happen what happens until done() is true and, unless it should not wait for that, nothing on the way."""
         queue = self._queue
         pop = heapq.heappop
-        end = self.start + max_seconds
-        for _ in range(max_steps):
-            if not self.on_the_way and done():
+        end = self.start + MAX_SECONDS
+        for _ in range(MAX_STEPS):
+            if not (until_idle and self.on_the_way) and done():
                 return
             if not queue:
                 raise Stillness("nothing will ever happen again, and the run is not done")
