@@ -54,6 +54,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     udp_mapping: Literal["endpoint-independent", "address-port"] = "endpoint-independent"  # RFC 4787, REQ-1
     udp_filtering: Literal["endpoint-independent", "address", "address-port"] = "endpoint-independent"  # REQ-8
     block_quic: bool = False
+    udp_mode: Literal["auto", "udp", "gost", "hev", "uot"] = "auto"
     udp_address: str = "auto"
     early_accept: bool = False
     public_only: bool = False
@@ -99,6 +100,7 @@ def load(
         )
     if given.get("placement") == "single" and given.get("workers", 0) > 1:
         raise ConfigError(f'placement "single" has one worker, not {given["workers"]}: allowed are 0 and 1')
+    _check_udp_mode(given)
     try:
         return msgspec.convert(given, Config)
     except msgspec.ValidationError as error:
@@ -231,6 +233,19 @@ def _neighbour(
         if candidate in interface.network and candidate not in reserved:
             return str(candidate)
     raise ConfigError(f"{interface.network} has no room for an address of Ringway's own beside {interface.ip}")
+
+
+#: scheme → modes of UDP that it can carry beside auto
+_UDP_MODES: Final = {"socks4": (), "socks4a": ("uot",), "http": ("uot",)}
+
+
+def _check_udp_mode(given: dict[str, Any]) -> None:
+    """Refuse a mode of UDP that the kind of proxy cannot have."""
+    mode = given.get("udp-mode", "auto")
+    scheme = parse_proxy(given.get("proxy", Config().proxy)).scheme
+    can = _UDP_MODES.get(scheme)
+    if can is not None and mode != "auto" and mode not in can:
+        raise ConfigError(f"udp-mode {mode}: {scheme}:// cannot carry it, allowed is {' or '.join(('auto', *can))}")
 
 
 def _settle_password(given: dict[str, Any], layers: list[dict[str, Any]], env: Mapping[str, str]) -> None:

@@ -376,6 +376,14 @@ KEYS: Final[tuple[Key, ...]] = (
         boolean=True,
     ),
     Key(
+        "udp-mode",
+        "How datagrams reach the proxy: udp (UDP ASSOCIATE), inside TCP as gost, hev or uot (sing-box) do it, or auto: "
+        "the first of these that it has, else DNS over TCP and port unreachable.",
+        "auto, udp, gost, hev or uot",
+        _choice("auto", "udp", "gost", "hev", "uot"),
+        "MODE",
+    ),
+    Key(
         "udp-address",
         "Where datagrams go after UDP ASSOCIATE: auto, peer (the proxy), as-told (by it), or an address.",
         "auto, peer, as-told or an IP address",

@@ -46,6 +46,7 @@ def settings_from(config: "Config", mtu: int, addresses: list[tuple[str, int]]) 
         udp_mapping=config.udp_mapping,
         udp_filtering=config.udp_filtering,
         block_quic=config.block_quic,
+        udp_mode=config.udp_mode,
         udp_address=config.udp_address,
         early_accept=config.early_accept,
         public_only=config.public_only,

@@ -27,6 +27,8 @@ class Proxy:
         shard.watch(self._listener.fileno(), EPOLLIN, self._accept)
         shard.watch(self.relay.fileno(), EPOLLIN, self._datagram)
         self.reply = 0  #: REP; None: close instead
+        self.replies = {}  #: the same for some commands
+        self.stream = b""  #: what came behind a success
         self.bound = None  #: address in the reply, with ATYP
         self.silent = False  #: never reply
         self.garbage = b""  #: sent instead of the choice of a method
@@ -58,17 +60,18 @@ class Proxy:
         if state[0] == 0 and len(state[1]) >= 3:
             state[:] = [1, state[1][2 + state[1][1] :]]
             client.send(self.garbage or b"\x05\x00")
-        if state[0] == 1 and len(state[1]) >= 10:
+        if state[0] == 1 and len(state[1]) >= (10 if state[1][3:4] != b"\x03" else 7 + state[1][4]):
             self.requests.append(state[1])
             state[:] = [2, b""]
+            reply = self.replies.get(self.requests[-1][1], self.reply)
             if self.silent:
                 return
-            if self.reply is None:
+            if reply is None:
                 self.close(client)
             else:
                 host = b"\x01" + socket.inet_aton("127.0.0.1") if self.family == socket.AF_INET else b"\x04" + bytes(16)
                 bound = (self.bound or host) + self.relay_port.to_bytes(2)
-                client.send(b"\x05" + self.reply.to_bytes() + b"\0" + bound)
+                client.send(b"\x05" + reply.to_bytes() + b"\0" + bound)
         elif state[0] == 2 and self.resolver is not None:
             while len(state[1]) >= 2 and len(state[1]) >= 2 + int.from_bytes(state[1][:2]):
                 end = 2 + int.from_bytes(state[1][:2])
@@ -76,6 +79,10 @@ class Proxy:
                 answer = self.resolver(message)
                 if answer is not None:
                     client.send(struct.pack(">H", len(answer)) + answer)
+
+        elif state[0] == 2:
+            self.stream += state[1]
+            state[1] = b""
 
     def _datagram(self, mask, now):
         while True:

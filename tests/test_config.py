@@ -73,6 +73,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "udp-mapping": "address-port",
         "udp-filtering": "address-port",
         "block-quic": True,
+        "udp-mode": "udp",
         "udp-address": "as-told",
         "early-accept": True,
         "public-only": True,
@@ -249,6 +250,17 @@ def test_filtering_is_never_wider_than_the_mapping() -> None:
 def test_proxy_urls(url: str, proxy: ProxyUrl) -> None:
     assert parse_proxy(url) == proxy
     assert parse_proxy(proxy.url()) == proxy
+
+
+@pytest.mark.parametrize(("scheme", "modes"), [("socks5", "udp gost hev uot"), ("http", "uot"), ("socks4", "")])
+def test_modes_of_udp_that_a_kind_of_proxy_can_have(scheme: str, modes: str) -> None:
+    for mode in ("auto", "udp", "gost", "hev", "uot"):
+        flags = {"proxy": f"{scheme}://h", "udp-mode": mode}
+        if mode in ("auto", *modes.split()):
+            assert load(env={}, flags=flags).udp_mode == mode
+        else:
+            with pytest.raises(ConfigError, match=f"udp-mode {mode}: {scheme}:// cannot carry it, allowed is auto"):
+                load(env={}, flags=flags)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ UDP_DROPPED_WAITING: Final = _counter("udp_dropped_waiting")  #: too many datagr
 UDP_EVICTED: Final = _counter("udp_evicted")  #: associations that went for newer ones, the least recently used first
 UDP_DROPPED_DESCRIPTORS: Final = _counter("udp_dropped_descriptors")  #: no file descriptor left
 UDP_DROPPED_SOCKET: Final = _counter("udp_dropped_socket")  #: the socket took no more
+UDP_DROPPED_TUNNEL: Final = _counter("udp_dropped_tunnel")  #: the connection that carries datagrams took no more
 UDP_DROPPED_REFUSED: Final = _counter("udp_dropped_refused")  #: the proxy has no UDP, or refused the association
 UDP_DROPPED_EMPTY: Final = _counter("udp_dropped_empty")
 UDP_DROPPED_BAD_HEADER: Final = _counter(

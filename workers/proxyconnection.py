@@ -99,6 +99,11 @@ class ProxyConnection:
             raise
         self._socket: socket.socket | None = opened
 
+    @property
+    def unsent(self) -> int:
+        """Octets that the socket did not take yet."""
+        return len(self._unsent)
+
     def send(self, data: bytes) -> bool:
         """Send after the success; what the socket does not take waits. False: too much waits, or it is closed."""
         if self._socket is None or len(self._unsent) + len(data) > MAX_UNSENT:

@@ -36,6 +36,8 @@ class Settings:
     udp_mapping: str = ENDPOINT_INDEPENDENT  #: what shares a mapping: all of a client socket, or one destination's
     udp_filtering: str = ENDPOINT_INDEPENDENT  #: who may answer: anybody, ADDRESS or ADDRESS_PORT that was sent to
     block_quic: bool = False
+    udp_mode: str = "auto"  #: how datagrams reach the proxy: one of workers.udp.modes
+    udp_found: str = ""  #: what a probe has found for auto; "" is nothing yet
     udp_address: str = "auto"  #: where datagrams go after UDP ASSOCIATE: auto, peer, as-told, or an address
     early_accept: bool = False
     public_only: bool = False

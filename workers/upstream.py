@@ -23,7 +23,7 @@ class Upstream:
     """Makes sockets with the mark and interface of the configuration, and knows which proxy address is in use."""
 
     def __init__(self, settings: Settings, report: Callable[[dict[str, str]], None]) -> None:
-        """`report` takes the events proxy-down, proxy-up and proxy-error for the supervisor."""
+        """`report` takes the events proxy-down, proxy-up, proxy-error and udp-failed for the supervisor."""
         scheme = settings.scheme
         self.direct = scheme == "direct"
         self.rejects = scheme == "reject"  #: everything is refused, nobody is asked
@@ -81,6 +81,10 @@ class Upstream:
         if self._is_down:
             self._is_down = False
             self._report({"event": "proxy-up"})
+
+    def udp_failed(self) -> None:
+        """Note that the proxy was asked in vain to carry datagrams."""
+        self._report({"event": "udp-failed"})
 
     def broken(self, error: ProtocolError) -> bool:
         """Report what the proxy answered that is no answer, each kind once in a row; True: it refuses us."""

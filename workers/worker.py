@@ -238,6 +238,8 @@ class Worker:
             self._stopping = True
         elif do == "proxy-addresses":
             self.upstream.use_addresses([(host, number) for host, number in message["addresses"]])
+        elif do == "proxy-abilities":
+            self.udp.availability.use(message["udp"])
         elif isinstance(port, RingPort):
             if do == "drop-reader":
                 port.drop_reader()

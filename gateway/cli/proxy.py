@@ -93,7 +93,8 @@ def proxy(listen: str, user: str | None, password_file: str | None, loglevel: st
 
     CONNECT, BIND and UDP ASSOCIATE, over IPv4 and IPv6, to addresses and names, with or without user and password; UDP
     inside TCP as well, for clients that ask for it as gost (F3, or frames behind UDP ASSOCIATE), hev (05) or sing-box
-    (UoT 1 and 2) do. Only this machine can use it unless --listen says otherwise. Prints `listening on ADDR:PORT` when ready.
+    (UoT 1 and 2) do. Only this machine can use it unless --listen says otherwise. Prints `listening on ADDR:PORT` when
+    ready.
 
     Exit codes: 0 stopped as asked, 1 failed while running, 2 usage or configuration.
     """

@@ -207,3 +207,22 @@ def _restart_under_udp(world: World, peer: Peer) -> None:
                 return False
 
         eventually(answered, f"UDP works again after {peer.name} was restarted", 20)
+
+
+@pytest.mark.parametrize("mode", ["gost", "hev", "uot"])
+def test_datagrams_inside_tcp(world: World, mode: str) -> None:
+    """Each dialect, as our own proxy serves it: single datagrams of each size, a burst, DNS, both IP versions."""
+    with (
+        RunningPeer(EMBEDDED, world.net) as server,
+        UdpTarget(world.net, TARGET4) as udp4,
+        UdpTarget(world.net, TARGET6) as udp6,
+        NameServer(world.net) as names,
+        Ringway(world, "-p", server.url, "--udp-mode", mode) as ringway,
+    ):
+        for size in (1, 1400):
+            udp_echo(world.gw, TARGET4, udp4.port, b"u" * size)
+        udp_echo(world.gw, TARGET6, udp6.port)
+        assert dig(world, f"@{TARGET4}", "name.test", "A", "+short").split() == [ANSWER4]
+        assert names.asked["udp"] == 1 and not names.asked["tcp"]
+        counters = ringway.counters()
+        assert counters["udp_opened"] >= 3 and not counters.get("dns_over_tcp_queries")

@@ -166,6 +166,11 @@ class Association:
                 proxy_unreachable(worker, f"its UDP relay: {error.strerror}")
                 self._fail(udp.availability.is_down(now), now)
             return
+        self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        """Send what waits: the way stands."""
+        udp = self._udp
         self._started_at = now
         self.active_at = now
         self._wake(now + self._idle_timeout())

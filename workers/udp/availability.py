@@ -1,10 +1,13 @@
-"""Availability: whether the proxy gives associations, remembered so that not each client socket costs a handshake."""
+"""Availability: whether and how the proxy carries datagrams, remembered so that not each client socket costs a
+handshake."""
 
+from collections.abc import Callable
 from math import inf
 from typing import Final
 
 from workers.icmp import ADMIN, HOST, NET, PORT
 from workers.socks.wire import COMMAND_NOT_SUPPORTED, HOST_UNREACHABLE, NETWORK_UNREACHABLE, NOT_ALLOWED
+from workers.udp import modes
 
 NO_UDP_TIMEOUT: Final = 60.0  #: seconds for which a proxy without UDP is not asked again
 REFUSED_TIMEOUT: Final = 5.0  #: the same after another refusal
@@ -18,13 +21,43 @@ _REFUSALS: Final = {NOT_ALLOWED: ADMIN, NETWORK_UNREACHABLE: NET, HOST_UNREACHAB
 class Availability:
     """What was learned last; a code is one of workers.icmp, or DOWN."""
 
-    __slots__ = ("_code", "_probe_timeout", "_until")
+    __slots__ = ("_associates", "_code", "_failed", "_is_auto", "_probe_timeout", "_until", "mode")
 
-    def __init__(self, probe_timeout: float, never: bool = False) -> None:
-        """`probe_timeout`: seconds that an attempt to associate takes at most; `never`: what it speaks has no UDP."""
+    def __init__(
+        self, probe_timeout: float, mode: str, found: str, associates: bool, failed: Callable[[], None]
+    ) -> None:
+        """`probe_timeout`: seconds that an attempt to associate takes at most. `mode` is the key udp-mode, `found` what
+        a probe has found for it. `associates`: the proxy is of a kind that can be asked for UDP ASSOCIATE. `failed` is
+        called when it was asked in vain, so that somebody may probe again.
+        """
         self._probe_timeout = probe_timeout
-        self._until = inf if never else 0.0  # until then nobody asks; 0: the proxy has UDP, or nothing is known
-        self._code = PORT if never else DOWN
+        self._associates = associates
+        self._failed = failed
+        self._is_auto = mode == modes.AUTO
+        self._until = 0.0  # until then nobody asks; 0: the proxy has UDP, or nothing is known
+        self._code = DOWN
+        self.mode = mode  #: how to ask: one of modes, not AUTO or NONE
+        if self._is_auto:
+            self.use(found)
+
+    def use(self, found: str) -> None:
+        """Take what a probe has found: a mode, or "" for nothing yet. A mode that a person chose stays."""
+        if not self._is_auto:
+            return
+        self.mode = modes.UDP if found in ("", modes.NONE) else found
+        self._until = 0.0
+        if self.mode == modes.UDP and not self._associates:
+            self._until = inf
+            self._code = PORT
+
+    def other_gost(self, mode: str) -> bool:
+        """Note that gost's server is not of this version; False: there is no other one to be tried."""
+        if self.mode == modes.GOST == mode and not self._is_auto:
+            self.mode = modes.GOST1
+            return True
+        if mode == modes.GOST1 and not self._is_auto:
+            self.mode = modes.GOST
+        return mode == modes.GOST and self.mode == modes.GOST1
 
     def refused(self, now: float) -> int | None:
         """Return what to tell a new client socket, or None if it may ask the proxy."""
@@ -57,4 +90,6 @@ class Availability:
     def _refuse(self, code: int, until: float) -> int:
         self._until = until
         self._code = code
+        if self._is_auto and code != DOWN:
+            self._failed()
         return code

@@ -18,10 +18,12 @@ from workers.icmp import ADMIN, HOST, NET, PORT
 from workers.proxyconnection import proxy_unreachable
 from workers.public import is_public
 from workers.settings import ADDRESS_PORT
+from workers.udp import modes
 from workers.udp.answers import Answers
 from workers.udp.association import CLOSED, READY, Association
 from workers.udp.availability import DOWN, Availability
 from workers.udp.flow import Flow
+from workers.udp.tunnel import STALLED, Tunnel
 from workers.wire.checksum import ones_sum, pseudo_sum
 from workers.wire.udp import UDP, packet_of, split_key
 from workers.wire.vnet import GSO_UDP_L4, TRUSTED
@@ -71,7 +73,13 @@ class Udp:
         self._waiting: list[Flow] = []  # flows with pieces of this batch
         self._ancillary: dict[int, list[tuple[int, int, bytes]]] = {}  # UDP_SEGMENT by size
         upstream = worker.upstream
-        self.availability = Availability(settings.connect_timeout, not (upstream.direct or upstream.associates))
+        self.availability = Availability(
+            settings.connect_timeout,
+            settings.udp_mode,
+            settings.udp_found,
+            upstream.direct or upstream.associates,
+            upstream.udp_failed,
+        )
 
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -272,6 +280,9 @@ class Udp:
         if error.errno == errno.EMSGSIZE:
             self._count[counts.UDP_DROPPED_TOO_BIG] += 1
             return
+        if error.errno == STALLED:
+            self._count[counts.UDP_DROPPED_TUNNEL] += 1
+            return
         self._count[counts.UDP_DROPPED_SOCKET] += 1
         if self._direct and error.errno in _NO_WAY:
             self.worker.icmp.unreachable(packet_of(flow.key, bytes(piece[:QUOTED])), _NO_WAY[error.errno])
@@ -346,7 +357,8 @@ class Udp:
     def _new_association(self, client: bytes, key: bytes, payload: bytes, now: float) -> Association | None:
         if len(self._associations) >= self._max_associations:
             self._evict()
-        association = Association(self, key if self._by_destination else client, client, now)
+        kind = Association if self._direct or self.availability.mode == modes.UDP else Tunnel
+        association = kind(self, key if self._by_destination else client, client, now)
         try:
             if self._direct:
                 association.open_direct(now)
