@@ -185,6 +185,17 @@ def test_an_icmp_error_lands_where_the_flow_is(pair, source, destination, protoc
     assert bucket_of(MEMORY, AT) == bucket
 
 
+@given(addresses, st.integers(0, 65535), st.integers(0, 65535))
+def test_an_icmp_error_about_an_echo_reply_lands_where_the_pings_are(pair, identifier, number):
+    client, target = pair
+    protocol, request, reply = (1, 8, 0) if len(client) == 4 else (58, 128, 129)
+    put(packet_of(client, target, protocol, struct.pack(">BBHHH", request, 0, 0, identifier, number)))
+    bucket = bucket_of(MEMORY, AT)
+    quote = packet_of(target, client, protocol, struct.pack(">BBHHH", reply, 0, 0, identifier, number))
+    put(packet_of(client, target, protocol, bytes([3 if protocol == 1 else 1, 0]) + bytes(6) + quote))
+    assert bucket_of(MEMORY, AT) == bucket
+
+
 @given(addresses, addresses, st.integers(0, 65535), st.integers(0, 65535))
 def test_pings_of_one_program_have_one_bucket(pair, other, identifier, sequence):
     def ping(target, number):

@@ -38,6 +38,7 @@ TCP_UNKNOWN_FLOW: Final = _counter("tcp_unknown_flow")  #: segments of no flow, 
 TCP_IDLE_TIMEOUTS: Final = _counter("tcp_idle_timeouts")
 TCP_RETRANSMIT_TIMEOUTS: Final = _counter("tcp_retransmit_timeouts")  #: flows given up, the client is gone
 TCP_RETRANSMITTED: Final = _counter("tcp_retransmitted")  #: segments sent again
+TCP_PATH_MTU: Final = _counter("tcp_path_mtu")  #: flows whose segments an ICMP error made smaller
 TCP_TIME_WAIT_OVERFLOW: Final = _counter("tcp_time_wait_overflow")
 
 # The proxy
@@ -77,6 +78,8 @@ DNS_OVER_TCP_FAILED: Final = _counter("dns_over_tcp_failed")
 ICMP_ECHO_REPLIES: Final = _counter("icmp_echo_replies")
 ICMP_ERRORS_SENT: Final = _counter("icmp_errors_sent")
 ICMP_ERRORS_LIMITED: Final = _counter("icmp_errors_limited")
-ICMP_IGNORED: Final = _counter("icmp_ignored")
+ICMP_SOFT_ERRORS: Final = _counter("icmp_soft_errors")  #: about segments in flight; they change nothing (RFC 5461)
+ICMP_STALE: Final = _counter("icmp_stale")  #: errors about segments that are not in flight, or of no flow (RFC 5927)
+ICMP_IGNORED: Final = _counter("icmp_ignored")  #: neither a ping of ours nor an error about TCP of ours
 
 NAMES: Final = tuple(_names)  #: of the words, in order

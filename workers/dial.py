@@ -21,6 +21,7 @@ from workers.relay import Relay
 from workers.socks.handshake import Handshake
 from workers.socks.wire import CONNECT, ProtocolError
 from workers.tcp.connection import Connection
+from workers.tcp.limits import DEFAULT_MSS
 from workers.tcp.segment import RST, Segment
 from workers.tcp.sequence import HALF, MASK
 from workers.wire.tcp import Headers, reply_addresses
@@ -137,8 +138,10 @@ class Dial:
         """Make the connection, and put its relay into the table."""
         flows = self.flows
         key = self.key
-        mss, version = (flows.mss4, 4) if len(key) == 12 else (flows.mss6, 6)
-        conn = Connection(self.syn, flows.initial_sequence_number(key, now), mss, flows.policy)
+        version, client, mss = (4, key[:4], flows.mss4) if len(key) == 12 else (6, key[:16], flows.mss6)
+        syn = self.syn
+        syn.mss = min(syn.mss or DEFAULT_MSS, flows.icmp_errors.mss_towards(client, now))
+        conn = Connection(syn, flows.initial_sequence_number(key, now), mss, flows.policy)
         headers = Headers(version, reply_addresses(key), conn.smss, conn.timestamps)
         flows.table[key] = relay = Relay(flows, key, conn, headers, ProxySocket(flows, self), now)
         return relay

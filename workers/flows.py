@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from ipc.layout import HEADROOM
 from workers import counts, icmp
 from workers.dial import Dial
+from workers.icmperrors import IcmpErrors
 from workers.public import is_public
 from workers.relay import Relay
 from workers.socks.wire import ProtocolError
@@ -117,6 +118,7 @@ class TcpFlows:
         self._connecting: deque[tuple[float, Dial]] = deque()  #: by connect deadline, with those that are done
         self._time_wait: deque[tuple[float, TimeWait]] = deque()  #: by end, with those that were replaced
         self._waiting = 0  #: flows of the table that are in TIME-WAIT
+        self.icmp_errors = IcmpErrors(self)
         self._secret = os.urandom(16)
         self._sweep_at = inf
         self._retry_at = inf  #: when the starved look for a frame again, if no completion wakes them before

@@ -21,6 +21,7 @@ from dpkt.ip6 import IP6
 from ipc.layout import SMALL_PAYLOAD
 from workers import counts
 from workers.fragmenting import Fragmenting
+from workers.icmperrors import TYPES4, TYPES6
 from workers.wire.checksum import checksum, pseudo_sum, verify
 from workers.wire.vnet import SIZE as VNET
 from workers.wire.vnet import TRUSTED
@@ -37,7 +38,6 @@ _CODES4: Final = (0, 1, 3, 13)  # of type 3, by the codes above
 _CODES6: Final = (0, 3, 4, 1)  # of type 1
 _UNREACHABLE4: Final = 3
 _UNREACHABLE6: Final = 1
-_ERRORS4: Final = frozenset((3, 4, 5, 11, 12))  # RFC 1122, 3.2.2: no error about these
 _ECHO4: Final = 8
 _ECHO6: Final = 128
 _ECHO_REPLY6: Final = 129
@@ -59,6 +59,7 @@ class Icmp:
     """The ICMP of one worker."""
 
     def __init__(self, worker: Worker) -> None:
+        self._worker = worker
         self._port = worker.port
         self._count = worker.count
         self._mtu = worker.settings.mtu
@@ -71,7 +72,7 @@ class Icmp:
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
 
     def frame_arrives(self, at: int, transport: int, end: int, version: int, now: float) -> None:
-        """Answer an echo request to one of our own addresses; count anything else.
+        """Answer an echo request to one of our own addresses, and hand on an error; count anything else.
 
         `at` is where the frame begins, `transport` the ICMP header, `end` the end of the packet, in the RX memory.
         """
@@ -88,6 +89,9 @@ class Icmp:
         message = rx[transport:end]
         if not rx[at] & TRUSTED and not verify(message, initial):
             self._count[counts.BAD_CHECKSUM] += 1
+            return
+        if message[0] in (TYPES4 if version == 4 else TYPES6):
+            self._worker.tcp.icmp_errors.arrives(message, destination, version, now)
             return
         own, echo = (self._own4, _ECHO4) if version == 4 else (self._own6, _ECHO6)
         if message[0] != echo or message[1] or destination != own or not _may_be_answered(source):
@@ -175,7 +179,7 @@ def _errors_allowed4(packet: bytes) -> bool:
     if (packet[6] << 8 | packet[7]) & 0x1FFF:  # not the first fragment
         return False
     at = (packet[0] & 15) * 4
-    return not (packet[9] == IP_PROTO_ICMP and (len(packet) <= at or packet[at] in _ERRORS4))
+    return not (packet[9] == IP_PROTO_ICMP and (len(packet) <= at or packet[at] in TYPES4))  # RFC 1122, 3.2.2
 
 
 def _errors_allowed6(packet: bytes) -> bool:

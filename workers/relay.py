@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ipc.layout import HEADROOM
 from workers import counts
 from workers.proxysocket import ProxySocket
+from workers.tcp import pathmtu
 from workers.tcp.connection import Connection
 from workers.tcp.events import (
     ACKED,
@@ -179,6 +180,18 @@ class Relay:
                 return
             conn.delayed_ack_timeout()
             self.ack_at_end_of_batch(now)
+
+    def is_in_flight(self, seq: int) -> bool:
+        """Say whether a sequence number that an ICMP error quotes can be believed."""
+        return pathmtu.is_in_flight(self.conn, seq)
+
+    def lower_mss(self, mss: int, now: float) -> bool:
+        """Put no more than `mss` octets behind the TCP header, from what is in flight on; False: it was no more."""
+        if not pathmtu.lower(self.conn, mss):
+            return False
+        self.headers.cut_at(self.conn.smss)
+        self._output(now)
+        return True
 
     # ── from the proxy ──────────────────────────────────────────────────────────────────────────────────────────
 

@@ -90,4 +90,6 @@ def _bucket_of_quote(rx: mmap | bytes, quote: int, version: int, by_destination:
     source_port, destination_port = rx[transport : transport + 2], rx[transport + 2 : transport + 4]
     if protocol == ip.UDP and not by_destination:
         return hash(destination + destination_port) & _MASK
+    if protocol in (ip.ICMP, ip.ICMPV6):  # an echo reply; its identifier is that of the request
+        return hash(destination + rx[transport + 4 : transport + 6]) & _MASK
     return hash(destination + source + destination_port + source_port) & _MASK

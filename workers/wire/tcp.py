@@ -42,21 +42,24 @@ _PLAIN6: Final = _vnet(vnet.GSO_NONE, 0, 40, 20) + _IP6
 class Headers:
     """What all packets of one flow towards the client have in common, prepared."""
 
-    __slots__ = ("_addresses", "_cut", "_ip_sum", "_mss", "_pseudo_sum", "_version")
+    __slots__ = ("_addresses", "_cut", "_ip_sum", "_mss", "_pseudo_sum", "_tcp_length", "_version")
 
     def __init__(self, version: int, addresses: bytes, mss: int, timestamps: bool) -> None:
         """`addresses`: source, destination, ports, as they go out; `mss`: octets of text in a packet that is cut."""
         self._version = version
         self._addresses = addresses
-        self._mss = mss
-        tcp_length = 32 if timestamps else 20
+        self._tcp_length = 32 if timestamps else 20
         self._pseudo_sum = (ones_sum(addresses[:-4]) + 6) % 65535
-        if version == 4:
-            self._ip_sum = ones_sum(_IP4 + _ID_DF_TTL_TCP + addresses[:8])
-            self._cut = _vnet(vnet.GSO_TCPV4, mss, 20, tcp_length) + _IP4
+        self._ip_sum = ones_sum(_IP4 + _ID_DF_TTL_TCP + addresses[:8]) if version == 4 else 0
+        self.cut_at(mss)
+
+    def cut_at(self, mss: int) -> None:
+        """Let the device cut super-segments into packets with this many octets of text."""
+        self._mss = mss
+        if self._version == 4:
+            self._cut = _vnet(vnet.GSO_TCPV4, mss, 20, self._tcp_length) + _IP4
         else:
-            self._ip_sum = 0
-            self._cut = _vnet(vnet.GSO_TCPV6, mss, 40, tcp_length) + _IP6
+            self._cut = _vnet(vnet.GSO_TCPV6, mss, 40, self._tcp_length) + _IP6
 
     def write(self, memory: memoryview, end: int, out: Segment) -> int:
         """Write the headers for `out` so that they end at `end`, where its text begins; return their length."""
