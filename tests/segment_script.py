@@ -17,6 +17,7 @@ import re
 from math import inf
 from pathlib import Path
 
+from workers import counts
 from workers.tcp import events
 from workers.tcp.connection import Connection
 from workers.tcp.events import AT_ONCE, DELAYED, TEXT
@@ -310,6 +311,7 @@ class Script:
             "rto": conn.rtt.rto,
             "room": conn.room(),
             "smss": conn.smss,
+            "counted": dict(zip(counts.NAMES, conn.policy.count, strict=True)),
             "idle": conn.deadline == inf,
             "inf": inf,
             "conn": conn,
