@@ -14,7 +14,7 @@ SUCCESS: Final = b"\x05\x00\x00\x01\x0a\x09\x09\x09\x04\x38"
 Script = Callable[[socket.socket], None]
 
 
-def _read_request(connection: socket.socket) -> tuple[int, str, int]:
+def read_request(connection: socket.socket) -> tuple[int, str, int]:
     """Read methods, choose "none", read the request; return command, address, port."""
     _, count = read_exactly(connection, 2)
     read_exactly(connection, count)
@@ -70,7 +70,7 @@ def reset_at_once(connection: socket.socket) -> None:
 
 
 def reset_after_request(connection: socket.socket) -> None:
-    _read_request(connection)
+    read_request(connection)
     reset(connection)
 
 
@@ -81,14 +81,14 @@ def wrong_version(connection: socket.socket) -> None:
 
 
 def unknown_address_kind(connection: socket.socket) -> None:
-    _read_request(connection)
+    read_request(connection)
     connection.sendall(b"\x05\x00\x00\x09" + bytes(300))
     connection.recv(1)
 
 
 def endless_domain(connection: socket.socket) -> None:
     """Promise 255 bytes of domain in the reply and never finish."""
-    _read_request(connection)
+    read_request(connection)
     connection.sendall(b"\x05\x00\x00\x03\xff" + b"a" * 200)
     while connection.recv(4096):
         pass
@@ -96,7 +96,7 @@ def endless_domain(connection: socket.socket) -> None:
 
 def refuse_with(code: int) -> Script:
     def refuse(connection: socket.socket) -> None:
-        _read_request(connection)
+        read_request(connection)
         connection.sendall(bytes((5, code)) + b"\x00\x01" + bytes(6))
         connection.recv(1)
 
@@ -106,7 +106,7 @@ def refuse_with(code: int) -> Script:
 
 def honest(connection: socket.socket, *, byte_by_byte: bool = False, with_data: bool = False) -> None:
     """Do CONNECT as a server should, if need be in one-byte segments or with the target's data behind the reply."""
-    _, address, port = _read_request(connection)
+    _, address, port = read_request(connection)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as upstream:  # the thread is in the namespace: see ScriptedProxy
         upstream.settimeout(20)

@@ -7,17 +7,21 @@ import time
 import pytest
 
 from tests.netns.daemon import DIRECT, Ringway
+from tests.netns.scripted import ScriptedProxy, read_request
 from tests.netns.stage import Stage
-from tests.netns.traffic import connect, echo, family_of, target_address, udp_echo
+from tests.netns.traffic import Target, UdpTarget, connect, echo, family_of, target_address, udp_echo
 from tests.netns.world import (
     LAN4,
+    NET_GW4,
     NO_ROUTE4,
     NO_ROUTE6,
     SILENT4,
     SILENT6,
     TARGET4,
+    TARGET6,
     UNREACHABLE4,
     UNREACHABLE6,
+    Namespace,
     World,
     eventually,
 )
@@ -26,11 +30,11 @@ pytestmark = pytest.mark.netns
 CLOSED_PORT = 9
 
 
-def error_of_connect(stage_or_world: "Stage | World", address: str, port: int, timeout: float = 8.0) -> str:
+def error_of_connect(where: Stage | World | Namespace, address: str, port: int, timeout: float = 8.0) -> str:
     """Try to connect; return the name of the error, or "TIMEOUT" where none came."""
-    world = stage_or_world.world if isinstance(stage_or_world, Stage) else stage_or_world
+    world = where.world if isinstance(where, Stage) else where
     try:
-        connect(world.gw, address, port, timeout).close()
+        connect(world.gw if isinstance(world, World) else world, address, port, timeout).close()
     except TimeoutError as error:
         return "TIMEOUT" if error.errno is None else errno.errorcode[error.errno]
     except OSError as error:
@@ -82,6 +86,55 @@ def test_refusals_leave_nothing_behind(stage: Stage) -> None:
     eventually(lambda: stage.ringway.flows() < 20, "refused flows are forgotten")
 
 
+def refuse_by_port(connection: socket.socket) -> None:
+    """Refuse with the code that the port's last three digits name."""
+    _, _, port = read_request(connection)
+    connection.sendall(bytes((5, port % 1000)) + b"\x00\x01" + bytes(6))
+    connection.recv(1)
+
+
+#: REP code → errno of connect() over IPv4, over IPv6
+REPLIES = {
+    1: ("ECONNREFUSED", "ECONNREFUSED"),
+    2: ("EHOSTUNREACH", "EACCES"),  # "administratively prohibited", in the kernel's words
+    3: ("ENETUNREACH", "ENETUNREACH"),
+    4: ("EHOSTUNREACH", "EHOSTUNREACH"),
+    5: ("ECONNREFUSED", "ECONNREFUSED"),
+    6: ("EHOSTUNREACH", "EHOSTUNREACH"),
+    7: ("ECONNREFUSED", "ECONNREFUSED"),
+    8: ("ENETUNREACH", "ENETUNREACH"),
+    9: ("ECONNREFUSED", "ECONNREFUSED"),
+    255: ("ECONNREFUSED", "ECONNREFUSED"),
+}
+
+
+@pytest.mark.parametrize("placement", ["pipeline", "single"])
+def test_what_connect_says_of_every_reply_code(world: World, placement: str) -> None:
+    lan = world.lan
+    with (
+        ScriptedProxy(world.net, refuse_by_port, NET_GW4, 1080),
+        Ringway(world, "-p", f"socks5://{NET_GW4}:1080", "--placement", placement) as ringway,
+    ):
+        for namespace in (world.gw, lan):
+            seen = {
+                code: tuple(error_of_connect(namespace, address, 1000 + code) for address in (TARGET4, TARGET6))
+                for code in REPLIES
+            }
+            assert seen == REPLIES
+        assert ringway.counters()["tcp_refused"] == 4 * len(REPLIES)
+
+
+def test_early_accept_connects_at_once_and_resets_later(world: World) -> None:
+    """The price of the key, seen by a client: what cannot be reached looks open first."""
+    with Target(world.net) as target, Ringway(world, *DIRECT, "--early-accept", "--connect-timeout", "1s"):
+        for address in (TARGET4, TARGET6):
+            echo(world.gw, address, target.port, bytes(300_000))
+        for address in (SILENT4, SILENT6, UNREACHABLE4, UNREACHABLE6):
+            with pytest.raises(ConnectionResetError), connect(world.gw, address, 80, 8) as client:
+                client.sendall(b"question")
+                client.recv(1)
+
+
 @pytest.mark.parametrize("placement", ["pipeline", "single"])
 def test_public_only(world: World, placement: str) -> None:
     """Private destinations are refused with ICMP "administratively prohibited" and counted; our own answer."""
@@ -106,8 +159,6 @@ def test_public_only(world: World, placement: str) -> None:
 
 
 def test_without_public_only_private_targets_are_reached(world: World) -> None:
-    from tests.netns.traffic import Target, UdpTarget
-
     world.net.ip("addr add 10.99.1.1/32 dev lo")
     with (
         Target(world.net) as target,
