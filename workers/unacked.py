@@ -1,8 +1,8 @@
 """Unacked: the payload of one flow that the client has not acknowledged, and how it is sent again.
 
 A chunk is what one read of the proxy's socket brought. Its octets stay in the TX frame that they were read into, which
-is held, or in a copy: small chunks at once (a copy is cheaper than a held frame), all when frames are few or the
-client has gone silent.
+is held, or in a copy: small chunks at once (a copy is cheaper than a held frame), all when frames are few, when the
+flow holds its share of them, or when the client has gone silent. Small copies in a row become one chunk.
 """
 
 from __future__ import annotations
@@ -17,31 +17,41 @@ from workers.wire.tcp import Headers
 
 COPY_LIMIT: Final = 4096  #: octets; so small a payload is copied and its frame goes home
 FEW_FRAMES: Final = TX_LARGE // 16  #: with fewer free frames every payload is copied: no flow starves the others
+MAX_HELD: Final = TX_LARGE // 2  #: frames that one flow holds; with full ones that is SEND_BUFFER
 
 
 class Unacked:
     """The chunks of one flow, oldest first, without gaps."""
 
-    __slots__ = ("_chunks", "_port")
+    __slots__ = ("_chunks", "_held", "_port")
 
     def __init__(self, port: Port) -> None:
         self._port = port
+        self._held = 0  #: frames
         #: (sequence number, octets, held frame or -1, copy if there is no frame)
         self._chunks: list[tuple[int, int, int, bytes]] = []
 
     def keep(self, seq: int, frame: int, length: int) -> None:
         """Keep the payload of a TX frame about to be transmitted: the frame is held, or copied and left alone."""
         port = self._port
-        if length <= COPY_LIMIT or len(port.large.free) < FEW_FRAMES:
+        if length <= COPY_LIMIT or self._held >= MAX_HELD or len(port.large.free) < FEW_FRAMES:
             payload = frame + HEADROOM
-            self._chunks.append((seq, length, -1, port.tx[payload : payload + length]))
+            self.keep_copy(seq, port.tx[payload : payload + length])
         else:
             self._chunks.append((seq, length, frame, b""))
+            self._held += 1
             port.hold(frame)
 
     def keep_copy(self, seq: int, data: bytes) -> None:
         """Keep payload that stands in no frame."""
-        self._chunks.append((seq, len(data), -1, data))
+        chunks = self._chunks
+        length = len(data)
+        if chunks:
+            before, octets, frame, copy = chunks[-1]
+            if frame < 0 and octets + length <= COPY_LIMIT:
+                chunks[-1] = (before, octets + length, -1, copy + data)
+                return
+        chunks.append((seq, length, -1, data))
 
     def release(self, una: int) -> None:
         """Let go of what stands before SND.UNA."""
@@ -51,6 +61,7 @@ class Unacked:
             if not length <= (una - seq) & MASK < HALF:
                 return
             if frame >= 0:
+                self._held -= 1
                 self._port.unhold(frame)
             del chunks[0]
 
@@ -59,6 +70,7 @@ class Unacked:
         for _, _, frame, _ in self._chunks:
             if frame >= 0:
                 self._port.unhold(frame)
+        self._held = 0
         self._chunks.clear()
 
     def copy_held(self) -> None:
@@ -69,6 +81,7 @@ class Unacked:
                 at = frame + HEADROOM
                 self._chunks[i] = (seq, length, -1, tx[at : at + length])
                 self._port.unhold(frame)
+        self._held = 0
 
     def transmit(self, headers: Headers, out: Segment) -> bool:
         """Send text of the chunks behind headers in a frame of their own; False: there is no frame for it.
