@@ -57,6 +57,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     udp_mode: Literal["auto", "udp", "gost", "hev", "uot"] = "auto"
     udp_address: str = "auto"
     early_accept: bool = False
+    congestion: Literal["cubic", "newreno"] = "cubic"
     public_only: bool = False
     enable_dns_cache: bool = False
     offloads: bool = True

@@ -95,15 +95,6 @@ def _integer(low: int, high: int) -> Reader:
     return read
 
 
-def _choice(*names: str) -> Reader:
-    def read(raw: object, text: bool) -> str:
-        if not isinstance(raw, str) or raw.lower() not in names:
-            raise ValueError
-        return raw.lower()
-
-    return read
-
-
 _SIZE: Final = re.compile(r"([0-9]{1,19})([kmg]?)(i?b)?", re.IGNORECASE)
 
 
@@ -250,6 +241,17 @@ _DURATION_ALLOWED: Final = 'a time above 0 and up to 30 days, in seconds (90) or
 _BOOLEAN_ALLOWED: Final = "true or false"
 
 
+def _names(*names: str) -> tuple[str, Reader]:
+    """Return the two fields of a key that holds one of some names: what is allowed, and its reader."""
+
+    def read(raw: object, text: bool) -> str:
+        if not isinstance(raw, str) or raw.lower() not in names:
+            raise ValueError
+        return raw.lower()
+
+    return f"{', '.join(names[:-1])} or {names[-1]}", read
+
+
 def _duration(name: str, help_: str) -> Key:
     return Key(name, help_, _DURATION_ALLOWED, seconds, "TIME")
 
@@ -323,8 +325,7 @@ KEYS: Final[tuple[Key, ...]] = (
     Key(
         "placement",
         "pipeline: reader, workers and writer are processes; single: all of them in one, for one or two cores.",
-        "pipeline or single",
-        _choice("pipeline", "single"),
+        *_names("pipeline", "single"),
         "NAME",
     ),
     Key("fwmark", "Mark of the sockets towards the proxy; 0 is none.", *_whole(0, 0xFFFF_FFFF), "MARK"),
@@ -355,16 +356,14 @@ KEYS: Final[tuple[Key, ...]] = (
         "udp-mapping",
         "What shares a public port: endpoint-independent: all that a client socket sends, as games and calls need; "
         "address-port: what it sends to one destination, spread over all workers (RFC 4787).",
-        "endpoint-independent or address-port",
-        _choice("endpoint-independent", "address-port"),
+        *_names("endpoint-independent", "address-port"),
         "KIND",
     ),
     Key(
         "udp-filtering",
         "Who may answer a client socket: endpoint-independent: anybody; address: hosts that it sent to; address-port: "
         "ports that it sent to (with udp-mapping address-port always).",
-        "endpoint-independent, address or address-port",
-        _choice("endpoint-independent", "address", "address-port"),
+        *_names("endpoint-independent", "address", "address-port"),
         "KIND",
     ),
     Key(
@@ -379,8 +378,7 @@ KEYS: Final[tuple[Key, ...]] = (
         "udp-mode",
         "How datagrams reach the proxy: udp (UDP ASSOCIATE), inside TCP as gost, hev or uot (sing-box) do it, or auto: "
         "the first of these that it has, else DNS over TCP and port unreachable.",
-        "auto, udp, gost, hev or uot",
-        _choice("auto", "udp", "gost", "hev", "uot"),
+        *_names("auto", "udp", "gost", "hev", "uot"),
         "MODE",
     ),
     Key(
@@ -397,6 +395,12 @@ KEYS: Final[tuple[Key, ...]] = (
         _boolean,
         "BOOL",
         boolean=True,
+    ),
+    Key(
+        "congestion",
+        "Congestion control towards clients: cubic (RFC 9438) or newreno (RFC 5681).",
+        *_names("cubic", "newreno"),
+        "NAME",
     ),
     Key(
         "public-only",
@@ -425,8 +429,7 @@ KEYS: Final[tuple[Key, ...]] = (
     Key(
         "loglevel",
         "What is logged to standard error.",
-        "debug, info, warn, error or silent",
-        _choice("debug", "info", "warn", "error", "silent"),
+        *_names("debug", "info", "warn", "error", "silent"),
         "LEVEL",
     ),
     Key(

@@ -49,6 +49,7 @@ def settings_from(config: "Config", mtu: int, addresses: list[tuple[str, int]]) 
         udp_mode=config.udp_mode,
         udp_address=config.udp_address,
         early_accept=config.early_accept,
+        congestion=config.congestion,
         public_only=config.public_only,
         busy_poll=config.busy_poll / 1e6,
     )

@@ -120,7 +120,8 @@ def last_ack() -> Connection:
 def snapshot(item: object) -> object:
     """Return all that an object with __slots__ holds, so that whole objects can be compared."""
     if hasattr(item, "__slots__"):
-        return {name: snapshot(getattr(item, name)) for name in item.__slots__ if hasattr(item, name)}
+        names = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+        return {name: snapshot(getattr(item, name)) for name in names if hasattr(item, name)}
     if isinstance(item, dict):
         return [(key, snapshot(value)) for key, value in item.items()]  # their order matters
     return [snapshot(one) for one in item] if isinstance(item, list) else item

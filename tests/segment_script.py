@@ -17,10 +17,11 @@ import re
 from math import inf
 from pathlib import Path
 
-from workers import counts
 from workers.tcp import events
 from workers.tcp.connection import Connection
+from workers.tcp.cubic import CONTROLS
 from workers.tcp.events import AT_ONCE, DELAYED, TEXT
+from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, URG, Segment
 from workers.tcp.states import NAMES
 
@@ -32,7 +33,7 @@ THEIR_TS = 2**32 - 100  #: the client's timestamp that the script calls 0
 TOLERANCE = 0.0005  #: seconds
 
 FLAGS = {"S": SYN, "F": FIN, "R": RST, "P": PSH, ".": ACK, "U": URG}
-OPTIONS = {"mss": "1460", "proxy": "fast"}
+OPTIONS = {"mss": "1460", "proxy": "fast", "congestion": "cubic"}
 
 _EVENT = re.compile(r"(?P<time>\+?\d*\.?\d+)\s+(?P<what>.*)")
 _SEGMENT = re.compile(
@@ -186,7 +187,8 @@ class Script:
         seg.text_at = 7
         if self.conn is None:
             assert seg.flags == SYN, "a script begins with a SYN"
-            self.conn = Connection(seg, ISS, int(self._options["mss"]))
+            control = CONTROLS[self._options["congestion"]]
+            self.conn = Connection(seg, ISS, int(self._options["mss"]), Policy(congestion=control))
             self._output()
             return
         conn = self.conn
@@ -309,9 +311,9 @@ class Script:
             "cwnd": conn.congestion.cwnd,
             "ssthresh": conn.congestion.ssthresh,
             "rto": conn.rtt.rto,
-            "room": conn.room(),
+            "room": conn.room(self.now),
             "smss": conn.smss,
-            "counted": dict(zip(counts.NAMES, conn.policy.count, strict=True)),
+            "pipe": conn.recovery.pipe if conn.disorder and conn.recovery else (conn.snd.nxt - conn.snd.una) & MASK,
             "idle": conn.deadline == inf,
             "inf": inf,
             "conn": conn,

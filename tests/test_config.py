@@ -76,6 +76,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "udp-mode": "udp",
         "udp-address": "as-told",
         "early-accept": True,
+        "congestion": "newreno",
         "public-only": True,
         "enable-dns-cache": True,
         "offloads": False,

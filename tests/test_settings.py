@@ -40,6 +40,7 @@ def test_everything_that_is_handed_on():
         max_associations=11,
         udp_address="peer",
         early_accept=True,
+        congestion="newreno",
         public_only=True,
         busy_poll=50,
     )
@@ -50,6 +51,7 @@ def test_everything_that_is_handed_on():
     timeouts = ("connect_timeout", "udp_timeout", "dns_timeout", "tcp_timeout", "tcp_half_closed_timeout")
     assert [getattr(settings, name) for name in timeouts] == [3, 4, 5, 6, 8]
     assert settings.tcp_receive_buffer == 70_000
+    assert settings.congestion == "newreno"
     assert (settings.max_flows, settings.max_pending, settings.max_associations) == (9, 10, 11)
     assert (settings.udp_address, settings.public_only, settings.early_accept) == ("peer", True, True)
     assert settings.busy_poll == pytest.approx(50e-6)

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from workers.tcp.events import PROBED, RECOVERING, SPURIOUS, TIMED_OUT
+
 _names: list[str] = []
 
 
@@ -39,15 +41,10 @@ TCP_IDLE_TIMEOUTS: Final = _counter("tcp_idle_timeouts")
 TCP_RETRANSMIT_TIMEOUTS: Final = _counter("tcp_retransmit_timeouts")  #: flows given up, the client is gone
 TCP_RETRANSMITTED: Final = _counter("tcp_retransmitted")  #: segments sent again
 TCP_PATH_MTU: Final = _counter("tcp_path_mtu")  #: flows whose segments an ICMP error made smaller
-TCP_CHALLENGES: Final = _counter("tcp_challenges")  #: ACKs for RST, SYN and ACKs that may be forged (RFC 5961)
-TCP_CHALLENGES_LIMITED: Final = _counter("tcp_challenges_limited")  #: the same, not answered: there were too many
-TCP_DROPPED_OUTSIDE: Final = _counter("tcp_dropped_outside")  #: segments outside of the window: came before, or forged
-TCP_DROPPED_OLD: Final = _counter("tcp_dropped_old")  #: segments with an old timestamp (PAWS)
-TCP_DROPPED_NO_TIMESTAMP: Final = _counter("tcp_dropped_no_timestamp")  #: segments without the option agreed on
-TCP_DROPPED_NO_ACK: Final = _counter("tcp_dropped_no_ack")  #: segments with neither ACK, RST nor SYN
-TCP_DROPPED_BAD_ACK: Final = _counter("tcp_dropped_bad_ack")  #: segments that acknowledge what was never sent
-TCP_DROPPED_AFTER_FIN: Final = _counter("tcp_dropped_after_fin")  #: segments with text behind the client's FIN
-TCP_DROPPED_REASSEMBLY: Final = _counter("tcp_dropped_reassembly")  #: segments out of order beyond what one flow keeps
+TCP_RECOVERIES: Final = _counter("tcp_recoveries")  #: times that a loss was found without a timeout
+TCP_PROBES: Final = _counter("tcp_probes")  #: tail loss probes (RFC 8985)
+TCP_TIMEOUTS: Final = _counter("tcp_timeouts")  #: times that the retransmission timer fired
+TCP_SPURIOUS: Final = _counter("tcp_spurious")  #: recoveries and timeouts that were undone: nothing was lost
 TCP_TIME_WAIT_OVERFLOW: Final = _counter("tcp_time_wait_overflow")
 
 # The proxy
@@ -92,3 +89,11 @@ ICMP_STALE: Final = _counter("icmp_stale")  #: errors about segments that are no
 ICMP_IGNORED: Final = _counter("icmp_ignored")  #: neither a ping of ours nor an error about TCP of ours
 
 NAMES: Final = tuple(_names)  #: of the words, in order
+
+#: what counts the events of a TCP connection that need nothing else
+TCP_EVENTS: Final = (
+    (RECOVERING, TCP_RECOVERIES),
+    (PROBED, TCP_PROBES),
+    (TIMED_OUT, TCP_TIMEOUTS),
+    (SPURIOUS, TCP_SPURIOUS),
+)

@@ -31,7 +31,9 @@ from workers.tcp.events import (
     OPENED,
     REMOTE_CLOSED,
     RESET,
+    RETRANSMITTED,
     TEXT,
+    TIMED_OUT,
     UNACCEPTABLE_ACK,
 )
 from workers.tcp.segment import Segment
@@ -113,10 +115,11 @@ class Relay:
             return
         if self._readable:
             self._read(now)
-        if conn.retransmit_due:
-            self.flows.count[counts.TCP_RETRANSMITTED] += 1
-        if conn.ack_due == AT_ONCE or conn.retransmit_due or conn.snd.nxt != conn.snd.end or conn.syn_due:
+        again = conn.retransmit_due
+        if conn.ack_due == AT_ONCE or again or conn.snd.nxt != conn.snd.end or conn.syn_due:
             self._output(now)
+            if again and self._readable:
+                self._read(now)  # the rest of the window, behind what was sent again
         due = conn.ack_due  # unless text has just carried it
         if due == AT_END_OF_BATCH:
             if not self._in_acks:
@@ -132,6 +135,11 @@ class Relay:
         """Handle what is rare; True: the flow has ended."""
         if events & UNACCEPTABLE_ACK:
             self.flows.reset_stranger(self.key, seg)
+        if events & TIMED_OUT:
+            self._unacked.copy_held()
+        for bit, counter in counts.TCP_EVENTS:
+            if events & bit:
+                self.flows.count[counter] += 1
         if events & OPENED:
             self.flows.count[counts.TCP_OPENED] += 1
         if events & REMOTE_CLOSED:
@@ -236,7 +244,7 @@ class Relay:
         recv_into = self._proxy.recv_into
         if recv_into is None or conn.state == SYN_RECEIVED:
             return
-        room = conn.room()
+        room = conn.room(now)
         if not room:
             conn.want_room(now)
             if conn.deadline < self._wake_at:
@@ -335,6 +343,9 @@ class Relay:
         out = self.flows.out
         conn = self.conn
         while conn.segment_to_send(out, now):
+            if conn.events & RETRANSMITTED:
+                conn.events &= ~RETRANSMITTED
+                self.flows.count[counts.TCP_RETRANSMITTED] += 1
             self._transmit(out)
         if conn.deadline < self._wake_at:
             self._arm()
@@ -358,14 +369,13 @@ class Relay:
         self._wake_at = inf
         conn = self.conn
         if conn.deadline <= now:
-            if conn.rto_at <= now:
-                self.flows.count[counts.TCP_RETRANSMITTED] += 1
-                self._unacked.copy_held()
             conn.timeout(now)
             events = conn.take_events()
             if events and self._handle(events, self.flows.out, now):
                 return
             self._output(now)
+            if self._readable:
+                self._read(now)
         elif conn.deadline < inf:
             self._arm()
 

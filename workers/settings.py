@@ -40,5 +40,6 @@ class Settings:
     udp_found: str = ""  #: what a probe has found for auto; "" is nothing yet
     udp_address: str = "auto"  #: where datagrams go after UDP ASSOCIATE: auto, peer, as-told, or an address
     early_accept: bool = False
+    congestion: str = "cubic"  #: congestion control towards clients: cubic or newreno
     public_only: bool = False
     busy_poll: float = 0.0  #: seconds

@@ -7,6 +7,8 @@ flow holds its share of them, or when the client has gone silent. Small copies i
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from typing import Final
 
 from ipc.layout import HEADROOM, SMALL_PAYLOAD, TX_LARGE
@@ -29,7 +31,7 @@ class Unacked:
         self._port = port
         self._held = 0  #: frames
         #: (sequence number, octets, held frame or -1, copy if there is no frame)
-        self._chunks: list[tuple[int, int, int, bytes]] = []
+        self._chunks: deque[tuple[int, int, int, bytes]] = deque()
 
     def keep(self, seq: int, frame: int, length: int) -> None:
         """Keep the payload of a TX frame about to be transmitted: the frame is held, or copied and left alone."""
@@ -63,7 +65,7 @@ class Unacked:
             if frame >= 0:
                 self._held -= 1
                 self._port.unhold(frame)
-            del chunks[0]
+            chunks.popleft()
 
     def release_all(self) -> None:
         """Let go of everything: the flow ends."""
@@ -92,13 +94,17 @@ class Unacked:
         port = self._port
         pieces: list[tuple[int, int, bytes]] = []  # (address or -1, octets, copy)
         at, left = out.seq, out.len
-        for seq, length, frame, data in self._chunks:
+        chunks = self._chunks
+        first = chunks[0][0]
+        i = bisect_right(chunks, (at - first) & MASK, key=lambda chunk: (chunk[0] - first) & MASK) - 1
+        while left:
+            seq, length, frame, data = chunks[i]
             offset = (at - seq) & MASK
-            if offset < length and left:
-                n = min(length - offset, left)
-                pieces.append((frame + HEADROOM + offset if frame >= 0 else -1, n, data[offset : offset + n]))
-                at = (at + n) & MASK
-                left -= n
+            n = min(length - offset, left)
+            pieces.append((frame + HEADROOM + offset if frame >= 0 else -1, n, data[offset : offset + n]))
+            at = (at + n) & MASK
+            left -= n
+            i += 1
         gather = len(pieces) == 1 and pieces[0][0] >= 0 and out.len > SMALL_PAYLOAD
         pool = port.small if gather or out.len <= SMALL_PAYLOAD else port.large
         if not pool.free:

@@ -202,7 +202,7 @@ class Gateway:
                     conn.close()
                     continue
                 break
-            room = conn.room()
+            room = conn.room(now)
             if not room:
                 conn.want_room(now)
                 break
@@ -300,7 +300,7 @@ class Gateway:
             self._check_sack(length)
         start = (out.seq - self.iss - 1) & MASK
         if length:
-            assert (out.seq + length - snd.una) & MASK <= (snd.max - snd.una) & MASK, "what is sent is not in flight"
+            assert (out.seq + length - snd.una) & MASK <= (snd.nxt - snd.una) & MASK, "what is sent is not in flight"
             assert start + length <= self.sent, "what is sent was never queued"
         if length <= conn.smss or not self.traits.cuts:
             self.link.send(Packet(flags, out.seq, out.ack, out.wnd, start, length, ts, out.sack))
@@ -342,8 +342,8 @@ class Gateway:
         outside = (rcv.nxt + wnd + 1 + dice.randrange((1 << 31) - wnd)) & MASK
         inside = (rcv.nxt + dice.randrange(1, max(wnd, 2))) & MASK
         # Nobody can guess that the text in flight ends where the window ends: no ACK of that is forged here.
-        acceptable = (snd.una + dice.randrange(((snd.max - snd.una) & MASK) + 1)) & MASK
-        too_new = (snd.max + 1 + dice.randrange(1 << 31)) & MASK
+        acceptable = (snd.una + dice.randrange(((snd.nxt - snd.una) & MASK) + 1)) & MASK
+        too_new = (snd.nxt + 1 + dice.randrange(1 << 31)) & MASK
         too_old = (snd.una - snd.max_wnd - 1 - dice.randrange(1 << 20)) & MASK
         ts = ((conn.ts_recent + dice.randrange(5)) & MASK, 0) if conn.timestamps else None
         stale = ((conn.ts_recent - 1 - dice.randrange(1 << 30)) & MASK, 0) if conn.timestamps else None

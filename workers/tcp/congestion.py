@@ -1,56 +1,67 @@
-"""NewReno: slow start, congestion avoidance, fast recovery (RFC 5681, RFC 6582; initial window RFC 6928)."""
+"""Congestion control: how many octets may be in flight. NewReno (RFC 5681); CUBIC, the default, is in cubic.py.
+
+Loss recovery (recovery.py) decides when something was lost, and moves `cwnd` while it repairs that (RFC 9937); here
+stands how the window grows, and what a loss makes of `ssthresh`.
+"""
 
 from typing import Final
 
 INITIAL_SEGMENTS: Final = 10  # RFC 6928
-DUPLICATE_ACKS: Final = 3  # RFC 5681, 3.2
 UNLIMITED: Final = 1 << 30  # octets; ssthresh before the first loss
 
 
 class NewReno:
     """The congestion window of one connection, in octets."""
 
-    __slots__ = ("cwnd", "recovering", "smss", "ssthresh")
+    __slots__ = ("_before", "cwnd", "smss", "ssthresh")
 
     def __init__(self, smss: int) -> None:
         self.smss = smss  #: SMSS, sender maximum segment size
         self.cwnd = INITIAL_SEGMENTS * smss  #: octets that may be in flight
         self.ssthresh = UNLIMITED  #: below it slow start, above it congestion avoidance
-        self.recovering = False  #: in fast recovery
+        self._before: tuple[float, ...] = ()  #: what undo() brings back
 
-    def acknowledged(self, octets: int, flight_size: int) -> None:
+    def acknowledged(self, octets: int, flight_size: int, srtt: float, now: float) -> None:
         """Grow after an ACK of new data; flight_size is what was in flight before it.
 
         A window that the sender does not use does not grow (RFC 7661, 4.3.1, in its simplest form).
         """
         if flight_size * 2 < self.cwnd:
-            return
-        if self.cwnd < self.ssthresh:
+            self.not_limited()
+        elif self.cwnd < self.ssthresh:
             self.cwnd += octets  # RFC 3465 with L unlimited: an ACK for a super-segment counts for all of it
         else:
-            self.cwnd += max(1, self.smss * octets // self.cwnd)
+            self.avoid(octets, srtt, now)
+
+    def avoid(self, octets: int, srtt: float, now: float) -> None:
+        """Grow in congestion avoidance: by one segment a round trip (RFC 5681, equation 3)."""
+        self.cwnd += max(1, self.smss * octets // self.cwnd)
+
+    def not_limited(self) -> None:
+        """Note that it is not the congestion window that limits the sender."""
 
     def lost(self, flight_size: int) -> None:
-        """Enter fast recovery after the third duplicate ACK."""
-        self.ssthresh = max(flight_size // 2, 2 * self.smss)
-        self.cwnd = self.ssthresh + DUPLICATE_ACKS * self.smss
-        self.recovering = True
+        """Lower ssthresh after a loss (RFC 5681, equation 4); the caller moves the window there."""
+        self._before = self.state()
+        self.reduce(min(flight_size, self.cwnd))
 
-    def duplicate(self) -> None:
-        """Inflate by the segment that has left the network (RFC 5681, 3.2, step 4)."""
-        self.cwnd += self.smss
+    def reduce(self, window: int) -> None:
+        """Set ssthresh for a loss that happened with so much in flight."""
+        self.ssthresh = max(window // 2, 2 * self.smss)
 
-    def partial(self, octets: int) -> None:
-        """Deflate after a partial ACK (RFC 6582, 3.2, step 3)."""
-        self.cwnd = max(self.cwnd - octets + (self.smss if octets >= self.smss else 0), self.smss)
+    def restart(self) -> None:
+        """Begin again with the initial window after an idle time longer than the RTO (RFC 5681, 4.1)."""
+        self.cwnd = min(self.cwnd, INITIAL_SEGMENTS * self.smss)
+        self.not_limited()
 
-    def recovered(self) -> None:
-        """Leave fast recovery."""
-        self.cwnd = self.ssthresh
-        self.recovering = False
+    def state(self) -> tuple[float, ...]:
+        """Return what a loss changes."""
+        return self.cwnd, self.ssthresh
 
-    def timed_out(self, flight_size: int) -> None:
-        """Start again with one segment (RFC 5681, 3.1, equation 4)."""
-        self.ssthresh = max(flight_size // 2, 2 * self.smss)
-        self.cwnd = self.smss
-        self.recovering = False
+    def undo(self) -> None:
+        """Take the last lost() back: nothing was lost."""
+        if self._before:
+            cwnd, ssthresh = self._before[:2]
+            self.cwnd = max(self.cwnd, int(cwnd))
+            self.ssthresh = max(self.ssthresh, int(ssthresh))
+            self._before = ()

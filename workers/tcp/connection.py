@@ -15,7 +15,6 @@ from math import inf
 from mmap import mmap
 
 from workers.tcp import arrival, output
-from workers.tcp.congestion import DUPLICATE_ACKS, NewReno
 from workers.tcp.events import (
     ACKED,
     AT_END_OF_BATCH,
@@ -31,13 +30,13 @@ from workers.tcp.limits import (
     FIRST_BUFFER,
     MAX_PACKET,
     MAX_RETRIES,
-    MAX_RTT,
     MAX_SYN_RETRIES,
     SEND_BUFFER,
 )
 from workers.tcp.policy import Policy
 from workers.tcp.receive import ReceiveSpace
-from workers.tcp.rtt import GRANULARITY, MIN_RTO, RttEstimator
+from workers.tcp.recovery import Recovery
+from workers.tcp.rtt import EPSILON, RttEstimator
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.send import SendSpace
 from workers.tcp.sequence import HALF, MASK
@@ -60,15 +59,16 @@ class Connection:
     __slots__ = (
         "ack_due",
         "announced_mss",
-        "challenged_at",
         "congestion",
-        "dup_acks",
+        "disorder",
         "events",
+        "idle_at",
         "persist_at",
         "pingpong",
         "policy",
         "probe_due",
         "rcv",
+        "recovery",
         "reset_due",
         "retransmit_due",
         "retries",
@@ -79,11 +79,8 @@ class Connection:
         "snd",
         "state",
         "syn_due",
-        "timed_at",
-        "timed_seq",
         "timestamps",
         "ts_recent",
-        "ts_recent_at",
     )
 
     def __init__(self, syn: Segment, iss: int, mss: int, policy: Policy | None = None) -> None:
@@ -97,8 +94,7 @@ class Connection:
         self.announced_mss = mss  #: the MSS option of our SYN-ACK
         self.timestamps = syn.ts_present  #: RFC 7323: each segment carries the option
         self.ts_recent = syn.ts_val if syn.ts_present else 0  #: TS.Recent
-        self.ts_recent_at = inf  #: when it was set
-        self.sack = syn.sack_permitted  #: RFC 2018: both sides permit SACK
+        self.sack = self.rtt.probes = syn.sack_permitted  #: RFC 2018: both sides permit SACK
         if syn.window_scale >= 0:
             snd.scale = syn.window_scale
             rcv.scale = policy.scale
@@ -110,15 +106,14 @@ class Connection:
         snd.wl1 = syn.seq
         #: Eff.snd.MSS (RFC 9293, 3.7.1): what the peer takes, less our options
         self.smss = max(min(syn.mss or DEFAULT_MSS, mss, MAX_PACKET) - (12 if syn.ts_present else 0), 32)
-        self.congestion = NewReno(self.smss)
+        self.congestion = policy.congestion(self.smss)
         self.ack_due = NOT_DUE
-        self.challenged_at = -inf  #: when a segment that may be forged was last answered
         self.pingpong = False  #: our data answers theirs soon: ACKs may ride on it
-        self.dup_acks = 0
         self.retries = 0  #: of the oldest segment in flight
-        self.timed_at = -1.0  #: without timestamps: when the text that is timed was sent, -1 = none is
-        self.timed_seq = 0  #: the sequence number behind it
-        self.rto_at = inf  #: when the retransmission timer fires
+        self.disorder = False  #: something in flight is SACKed, lost or sent again: ACKs are recovery's business
+        self.recovery: Recovery | None = None  #: from the first disorder on
+        self.rto_at = inf  #: when the retransmission timer fires, or what comes before it: Recovery.timer
+        self.idle_at = inf  #: when the last octet in flight was acknowledged
         self.persist_at = inf  #: when the next window probe goes out
         self.syn_due = True
         self.reset_due = False
@@ -146,12 +141,17 @@ class Connection:
         self.rcv.blocks_due = False
         self.enter(CLOSED)
 
-    def room(self) -> int:
+    def room(self, now: float) -> int:
         """Return how many octets the relay may read and send at once; 0 while that would be a silly little."""
         snd = self.snd
         in_flight = (snd.end - snd.una) & MASK
+        if not in_flight and now - self.idle_at > self.rtt.rto:
+            self.idle_at = inf
+            self.congestion.restart()
         window = snd.wnd
         cwnd = self.congestion.cwnd
+        if self.disorder and self.recovery is not None:
+            cwnd = self.recovery.room(self) + ((snd.nxt - snd.una) & MASK)
         usable = (cwnd if cwnd < window else window) - in_flight
         if usable >= self.smss:
             usable = min(usable, MAX_PACKET, SEND_BUFFER - in_flight)
@@ -160,7 +160,7 @@ class Connection:
 
     def want_room(self, now: float) -> None:
         """Say that data waits for the window: with nothing in flight only a probe finds out when it opens."""
-        if self.persist_at == inf and self.snd.una == self.snd.max:
+        if self.persist_at == inf and self.snd.una == self.snd.nxt:
             self.persist_at = now + self.rtt.rto
 
     def taken_by_proxy(self) -> None:
@@ -196,7 +196,7 @@ class Connection:
             and seg.seq == rcv.nxt
             and rcv.pieces is None
             and seg.len <= (rcv.adv - rcv.nxt) & MASK
-            and (seg.ack - snd.una) & MASK <= (snd.max - snd.una) & MASK
+            and (seg.ack - snd.una) & MASK <= (snd.nxt - snd.una) & MASK
             and (seg.ts_present and (seg.ts_val - self.ts_recent) & MASK < HALF) == self.timestamps
             and (seg.len or seg.ack != snd.una)
             and rcv.fin_at < 0
@@ -204,10 +204,11 @@ class Connection:
             # The fast path: the next segment in order. Same result as the steps (tests/test_tcp_fast_path.py).
             if self.timestamps and not rcv.unacked:  # RFC 7323, 4.3: a delayed ACK echoes its first segment
                 self.ts_recent = seg.ts_val
-                self.ts_recent_at = now
                 rcv.ts_ecr = seg.ts_ecr
             if seg.ack != snd.una:
                 self.acknowledged(seg, now)
+            elif seg.sack and self.sack:
+                self.duplicate_ack(seg, now)
             self.update_window(seg)
             if seg.len:
                 self.text_in_order(seg, now)
@@ -215,46 +216,39 @@ class Connection:
         arrival.steps(self, seg, memory, now)
 
     def acknowledged(self, seg: Segment, now: float) -> None:
-        """SND.UNA < SEG.ACK =< SND.MAX: advance, measure, grow, restart the timer."""
+        """SND.UNA < SEG.ACK =< SND.NXT: advance, measure, grow, restart the timer."""
+        if self.disorder or (seg.sack and self.sack):
+            self.needs_recovery().ack_arrives(self, seg, now)
+            return
         snd = self.snd
-        congestion = self.congestion
-        flight_size = (snd.max - snd.una) & MASK
-        octets = (seg.ack - snd.una) & MASK
+        nxt = snd.nxt
+        before = snd.una
         snd.una = una = seg.ack
-        if (snd.nxt - una) & MASK >= HALF:
-            snd.nxt = una
         self.events |= ACKED
         self.retries = 0
-        if seg.ts_present and seg.ts_ecr:
-            elapsed = (int(now * 1000) - seg.ts_ecr) & MASK
-            # Below the clock's tick there is nothing new to learn once the timeout is at its minimum.
-            if 0 < elapsed < MAX_RTT or (not elapsed and self.rtt.rto != MIN_RTO):
-                self.rtt.sample(elapsed / 1000 or GRANULARITY / 2)
-        elif self.timed_at >= 0 and (una - self.timed_seq) & MASK < HALF:
-            self.rtt.sample(now - self.timed_at or GRANULARITY / 2)
-            self.timed_at = -1.0
-        if congestion.recovering:
-            if (una - snd.recover) & MASK < HALF:
-                congestion.recovered()
-                self.dup_acks = 0
-            else:
-                congestion.partial(octets)
-                self.retransmit_due = True
+        sent = snd.sent
+        if sent and (una - sent[0][0]) & MASK < HALF:
+            at = sent.popleft()[1]
+            while sent and (una - sent[0][0]) & MASK < HALF:
+                at = sent.popleft()[1]
+            self.rtt.sample(now - at or EPSILON)
+        self.congestion.acknowledged((una - before) & MASK, (nxt - before) & MASK, self.rtt.srtt, now)
+        if una == nxt:
+            self.rto_at = inf
+            self.idle_at = now
         else:
-            self.dup_acks = 0
-            congestion.acknowledged(octets, flight_size)
-        self.rto_at = inf if una == snd.max else now + self.rtt.rto
+            self.rto_at = now + (self.rtt.pto if (nxt - una) & MASK > self.smss else self.rtt.rto)
 
-    def duplicate_ack(self) -> None:
-        """Count it; the third one in a row retransmits (RFC 5681, 3.2; RFC 6582)."""
-        snd = self.snd
-        self.dup_acks += 1
-        if self.congestion.recovering:
-            self.congestion.duplicate()
-        elif self.dup_acks == DUPLICATE_ACKS and (snd.una - snd.recover) & MASK < HALF:
-            snd.recover = snd.max
-            self.congestion.lost((snd.max - snd.una) & MASK)
-            self.retransmit_due = True
+    def duplicate_ack(self, seg: Segment, now: float) -> None:
+        """SND.UNA = SEG.ACK: a duplicate ACK (RFC 5681, 2), or any segment with SACK blocks (RFC 6675, 2)."""
+        if seg.sack or not self.sack:
+            self.needs_recovery().ack_arrives(self, seg, now)
+
+    def needs_recovery(self) -> Recovery:
+        """Return the loss recovery, which is made when it is needed first."""
+        if self.recovery is None:
+            self.recovery = Recovery()
+        return self.recovery
 
     def update_window(self, seg: Segment) -> None:
         """Take SEG.WND unless the segment is older than the one that set it (SND.WL1, SND.WL2)."""
@@ -316,8 +310,9 @@ class Connection:
 
     def timeout(self, now: float) -> None:
         """Do what is due: retransmit (RFC 6298, 5.4–5.7) or probe a closed window (RFC 9293, 3.8.6.1)."""
-        snd = self.snd
         if now < self.deadline:
+            return
+        if now >= self.rto_at and self.state != SYN_RECEIVED and self.needs_recovery().timer(self, now):
             return
         self.retries += 1
         if self.retries > (MAX_SYN_RETRIES if self.state == SYN_RECEIVED else MAX_RETRIES):
@@ -329,17 +324,13 @@ class Connection:
             self.rtt.back_off()
             self.persist_at = now + self.rtt.rto
             return
-        if self.retries == 1:
-            self.congestion.timed_out((snd.max - snd.una) & MASK)
-        self.rtt.back_off()
-        self.rto_at = now + self.rtt.rto
-        self.dup_acks = 0
-        snd.recover = snd.max
         if self.state == SYN_RECEIVED:
+            self.rtt.back_off()
+            self.rto_at = now + self.rtt.rto
+            self.congestion.cwnd = self.smss  # RFC 5681, 3.1: the initial window after a SYN-ACK that was lost
             self.syn_due = True
         else:
-            snd.nxt = snd.una
-            self.retransmit_due = True
+            self.needs_recovery().timed_out(self, now)
 
     def delayed_ack_timeout(self) -> None:
         """Send the ACK that waited in vain for data to ride on; the next one does not wait."""

@@ -11,6 +11,11 @@ RESET: Final = 16  #: the peer's RST
 GAVE_UP: Final = 32  #: too many retransmissions
 ENDED: Final = 64  #: the state is CLOSED or TIME_WAIT: the relay has nothing more to do
 UNACCEPTABLE_ACK: Final = 128  #: in SYN_RECEIVED: answer with <SEQ=SEG.ACK><CTL=RST>, the connection goes on
+RETRANSMITTED: Final = 256  #: the segment just filled is one that was sent before
+TIMED_OUT: Final = 512  #: the retransmission timer has fired
+PROBED: Final = 1024  #: the end of a flight is probed before that (RFC 8985)
+RECOVERING: Final = 2048  #: a loss was found without a timeout
+SPURIOUS: Final = 4096  #: what looked like a loss was none, and was undone
 
 # When an ACK is due.
 NOT_DUE: Final = 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from workers.tcp.events import AT_END_OF_BATCH, AT_ONCE, NOT_DUE
+from workers.tcp.events import AT_END_OF_BATCH, AT_ONCE, NOT_DUE, RETRANSMITTED
 from workers.tcp.limits import DELAYED_ACK, MAX_PACKET
+from workers.tcp.recovery import NEW_TEXT
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
 from workers.tcp.states import CLOSED, SYN_RECEIVED
@@ -25,7 +26,7 @@ def segment_to_send(conn: Connection, out: Segment, now: float) -> bool:
     state = conn.state
     if conn.reset_due:
         conn.reset_due = False
-        _fill(conn, out, RST | ACK, snd.max, 0, now)
+        _fill(conn, out, RST | ACK, snd.nxt, 0, now)
         return True
     if state == CLOSED:
         return False
@@ -33,19 +34,16 @@ def segment_to_send(conn: Connection, out: Segment, now: float) -> bool:
         if conn.syn_due:
             return _syn_to_send(conn, out, now)
         return conn.ack_due == AT_ONCE and ack_to_send(conn, out, now)
-    if conn.retransmit_due:
-        conn.retransmit_due = False
-        if snd.una != snd.max:
-            conn.timed_at = -1.0  # whose ACK comes cannot be known any more (Karn's algorithm)
-            sent = (snd.max - snd.una) & MASK
-            queued = (snd.end - snd.una) & MASK
-            length = min(queued, sent, conn.smss)
-            fin = length == queued < sent
-            _fill(conn, out, FIN | ACK if fin else ACK, snd.una, length, now)
-            if snd.nxt == snd.una:
-                snd.nxt = (snd.una + length + fin) & MASK
+    recovery = conn.recovery
+    more = snd.nxt != (snd.end + snd.fin) & MASK
+    if conn.retransmit_due and recovery is not None:
+        if more and recovery.frto == NEW_TEXT and _text_to_send(conn, out, now):
             return True
-    if snd.nxt != (snd.end + snd.fin) & MASK and _text_to_send(conn, out, now):
+        if again := recovery.range_to_send(conn, now):
+            _again_to_send(conn, out, *again, now)
+            return True
+        conn.retransmit_due = False
+    if more and _text_to_send(conn, out, now):
         return True
     if conn.probe_due:
         # A segment just before the window, without text: whoever gets it must answer (RFC 9293, 3.10.7.4, first).
@@ -72,12 +70,10 @@ def ack_to_send(conn: Connection, out: Segment, now: float) -> bool:
 def _syn_to_send(conn: Connection, out: Segment, now: float) -> bool:
     snd = conn.snd
     conn.syn_due = False
-    snd.nxt = snd.max = conn.timed_seq = (snd.iss + 1) & MASK
-    if conn.rto_at == inf:
-        conn.rto_at = now + conn.rtt.rto
-        conn.timed_at = now
+    if snd.nxt == snd.iss:
+        _sent(conn, 1, now)
     else:
-        conn.timed_at = -1.0
+        snd.sent.clear()  # whose ACK comes cannot be known any more (Karn's algorithm)
     _fill(conn, out, SYN | ACK, snd.iss, 0, now)
     out.wnd = min(conn.rcv.buffer, 65535)  # never scaled in a SYN (RFC 7323, 2.2)
     out.mss = conn.announced_mss
@@ -86,13 +82,23 @@ def _syn_to_send(conn: Connection, out: Segment, now: float) -> bool:
     return True
 
 
+def _again_to_send(conn: Connection, out: Segment, seq: int, octets: int, now: float) -> None:
+    """Fill `out` with what is sent again: text, and the FIN if it stands at the end."""
+    conn.events |= RETRANSMITTED
+    length = min((conn.snd.end - seq) & MASK, octets)
+    _fill(conn, out, FIN | ACK if length < octets else ACK, seq, length, now)
+
+
 def _text_to_send(conn: Connection, out: Segment, now: float) -> bool:
     """Fill `out` with the next text, and the FIN behind it, as far as both windows allow."""
     snd = conn.snd
     queued = (snd.end - snd.nxt) & MASK
     in_flight = (snd.nxt - snd.una) & MASK
-    window = min(snd.wnd, conn.congestion.cwnd)
-    length = min(queued, window - in_flight, MAX_PACKET)
+    if conn.disorder and conn.recovery is not None:
+        room = conn.recovery.room(conn)
+    else:
+        room = conn.congestion.cwnd - in_flight
+    length = min(queued, snd.wnd - in_flight, room, MAX_PACKET)
     if length < queued:
         if length >= conn.smss:
             length -= length % conn.smss
@@ -106,12 +112,19 @@ def _text_to_send(conn: Connection, out: Segment, now: float) -> bool:
     if length and now - conn.rcv.text_at < DELAYED_ACK:
         conn.pingpong = True
     _fill(conn, out, flags, snd.nxt, length, now)
-    snd.nxt = nxt = (snd.nxt + length + (flags & FIN)) & MASK
-    if (nxt - snd.max) & MASK < HALF:
-        snd.max = nxt
-    if conn.rto_at == inf:
-        conn.rto_at = now + conn.rtt.rto
+    _sent(conn, length + (flags & FIN), now)
     return True
+
+
+def _sent(conn: Connection, octets: int, now: float) -> None:
+    """Advance SND.NXT over what was sent for the first time, a FIN included."""
+    snd = conn.snd
+    snd.nxt = nxt = (snd.nxt + octets) & MASK
+    snd.sent.append((nxt, now))
+    if conn.rto_at == inf:
+        conn.rto_at = now + (conn.rtt.pto if octets > conn.smss else conn.rtt.rto)
+    if conn.disorder and conn.recovery is not None:
+        conn.recovery.text_sent(conn, octets)
 
 
 def text_at_once(conn: Connection, out: Segment, octets: int, now: float) -> bool:
@@ -122,15 +135,13 @@ def text_at_once(conn: Connection, out: Segment, octets: int, now: float) -> boo
     """
     snd = conn.snd
     seq = snd.nxt
-    if seq != snd.end or conn.retransmit_due or conn.probe_due:
+    if seq != snd.end or conn.probe_due or (conn.retransmit_due and conn.room(now) < octets):
         return False
     if now - conn.rcv.text_at < DELAYED_ACK:
         conn.pingpong = True
     _fill(conn, out, ACK | PSH | FIN if snd.fin else ACK | PSH, seq, octets, now)
     snd.end = (seq + octets) & MASK
-    snd.nxt = snd.max = (snd.end + snd.fin) & MASK
-    if conn.rto_at == inf:
-        conn.rto_at = now + conn.rtt.rto
+    _sent(conn, octets + snd.fin, now)
     return True
 
 
@@ -154,9 +165,6 @@ def _fill(conn: Connection, out: Segment, flags: int, seq: int, length: int, now
         out.ts_ecr = conn.ts_recent
     else:
         out.ts_present = False
-        if length and conn.timed_at < 0 and seq == conn.snd.max:
-            conn.timed_at = now
-            conn.timed_seq = (seq + length) & MASK
     out.sack = ()
     if not rcv.blocks_due:  # else a pure ACK follows: SACK blocks would make text too long for its packet
         conn.ack_due = NOT_DUE

@@ -20,7 +20,7 @@ TIMESTAMPS_OPTION = 12  # octets, padded
 def is_in_flight(conn: Connection, seq: int) -> bool:
     """Say whether a quoted sequence number has been sent and is not acknowledged."""
     snd = conn.snd
-    return (seq - snd.una) & MASK < (snd.max - snd.una) & MASK
+    return (seq - snd.una) & MASK < (snd.nxt - snd.una) & MASK
 
 
 def lower(conn: Connection, mss: int) -> bool:
@@ -34,8 +34,6 @@ def lower(conn: Connection, mss: int) -> bool:
         return False
     conn.smss = conn.congestion.smss = smss
     snd = conn.snd
-    if conn.state != SYN_RECEIVED and snd.una != snd.max:
-        snd.nxt = snd.una
-        snd.recover = snd.max
-        conn.retransmit_due = True
+    if conn.state != SYN_RECEIVED and snd.una != snd.nxt:
+        conn.needs_recovery().send_all_again(conn)
     return True

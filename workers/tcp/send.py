@@ -4,8 +4,12 @@
     ───────┴─────────────┴───────────┴───────► sequence numbers
      acked    in flight    queued       (the FIN, once queued, stands at `end`)
 
-`nxt` goes back to `una` when the retransmission timer fires; `max` remembers how far it has been.
+What was lost is sent again from the scoreboard (scoreboard.py): `nxt` never goes back.
 """
+
+from bisect import bisect_left
+from collections import deque
+from math import inf
 
 from workers.tcp.sequence import MASK
 
@@ -13,13 +17,12 @@ from workers.tcp.sequence import MASK
 class SendSpace:
     """SND.*; all sequence numbers modulo 2**32, windows in octets."""
 
-    __slots__ = ("end", "fin", "iss", "max", "max_wnd", "nxt", "recover", "scale", "una", "wl1", "wl2", "wnd")
+    __slots__ = ("end", "fin", "iss", "max_wnd", "nxt", "scale", "sent", "una", "wl1", "wl2", "wnd")
 
     def __init__(self, iss: int) -> None:
         self.iss = iss  #: ISS, the initial send sequence number
         self.una = iss  #: SND.UNA, the oldest sequence number not yet acknowledged
         self.nxt = iss  #: SND.NXT, the next sequence number to be sent
-        self.max = iss  #: the highest that SND.NXT has been
         self.end = (iss + 1) & MASK  #: the sequence number after the last octet queued
         self.fin = False  #: a FIN is queued behind the last octet
         self.wnd = 0  #: SND.WND, scaled
@@ -27,9 +30,12 @@ class SendSpace:
         self.wl2 = 0  #: SND.WL2, its SEG.ACK
         self.max_wnd = 0  #: the largest window that the peer has offered
         self.scale = 0  #: Snd.Wind.Shift (RFC 7323)
-        self.recover = iss  #: RFC 6582: SND.MAX when fast recovery began
+        #: what is in flight, oldest first: (the sequence number behind it, when it was first sent)
+        self.sent: deque[tuple[int, float]] = deque()
 
-    @property
-    def flight_size(self) -> int:
-        """Sequence numbers sent and not acknowledged."""
-        return (self.nxt - self.una) & MASK
+    def sent_at(self, distance: int) -> float:
+        """Return when the octet was first sent that ends `distance` behind SND.UNA; -inf if it was not."""
+        sent = self.sent
+        una = self.una
+        i = bisect_left(sent, distance, key=lambda record: (record[0] - una) & MASK)
+        return sent[i][1] if i < len(sent) else -inf
