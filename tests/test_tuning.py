@@ -7,7 +7,8 @@ from tests.builders import IRS, ISS, NOW, arrive, segment, sent
 from workers.tcp.connection import Connection
 from workers.tcp.limits import FIRST_BUFFER
 from workers.tcp.policy import Policy
-from workers.tcp.segment import SYN
+from workers.tcp.segment import FIN, SYN
+from workers.tcp.states import TIME_WAIT
 
 MASK = 0xFFFFFFFF
 
@@ -58,6 +59,21 @@ def test_limits_of_the_flow_and_of_the_worker():
     assert policy.growth == 0
     conn.abort()
     assert policy.growth == 300_000 - FIRST_BUFFER
+
+
+def test_time_wait_acknowledges_and_grows_no_more():
+    policy = Policy()
+    whole = policy.growth
+    conn = opened(policy)
+    conn.close()
+    sent(conn)
+    conn.rcv.tuning.copied = 1000  # what comes is more than ever before
+    fin = segment(ack=2, flags=FIN)
+    fin.len = 100_000
+    arrive(conn, fin)
+    assert conn.state == TIME_WAIT
+    assert sent(conn, NOW + 5)
+    assert (policy.growth, conn.rcv.tuning.grown) == (whole, 0)
 
 
 def test_a_small_limit_is_the_buffer_from_the_first():

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 
 from tests.simulation import scenario, table, whole_scenario
+from tests.simulation.stranger import STRANGE_FRAMES
 from tests.simulation.whole_worker import WholeWorker
 
 
@@ -27,14 +28,20 @@ def of_a_whole_worker(seed: int, tell: Callable[[str], None] | None = None) -> o
     return whole_scenario.run(WholeWorker(), seed, tell)
 
 
+def beside_a_stranger(seed: int, tell: Callable[[str], None] | None = None) -> object:
+    """The same, attacked."""
+    return whole_scenario.run(WholeWorker(), seed, tell, strange=STRANGE_FRAMES)
+
+
 def main(words: list[str]) -> int:
     """Run what the command line says; 1 when a seed failed."""
     if words == ["--table"]:
         table.FILE.write_text(table.table())
         return 0
-    whole = "--worker" in words
-    run: Callable = of_a_whole_worker if whole else scenario.run
-    numbers = [int(word) for word in words if word != "--worker"]
+    run: Callable = scenario.run
+    if words[0].startswith("--"):
+        run = {"--worker": of_a_whole_worker, "--stranger": beside_a_stranger}[words.pop(0)]
+    numbers = [int(word) for word in words]
     if len(numbers) == 1:
         print(run(numbers[0], print))
         return 0

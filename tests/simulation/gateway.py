@@ -19,7 +19,8 @@ from workers.tcp.events import (
     TEXT,
     UNACCEPTABLE_ACK,
 )
-from workers.tcp.limits import DELAYED_ACK
+from workers.tcp.limits import RECEIVE_BUFFER
+from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.states import CLOSED, NAMES, SYN_RECEIVED, TIME_WAIT
 
@@ -37,6 +38,7 @@ class GatewayTraits:
     pause: float = 0.0  #: seconds between two reads that bring something
     lingers: float = 0.0  #: seconds between the last text and the FIN
     abort_after: float = inf  #: seconds
+    receive_buffer: int = RECEIVE_BUFFER  #: to which it may grow
 
 
 class Gateway:
@@ -47,6 +49,8 @@ class Gateway:
         self.link = link
         self.traits = traits
         self.conn: Connection | None = None
+        self.policy = Policy(traits.receive_buffer)
+        self._growth = self.policy.growth
         self.total = total  #: octets to send before the FIN
         self.sent = 0
         self.received = 0
@@ -108,7 +112,7 @@ class Gateway:
                 self._batch = True
                 world.at(now, self._end_of_batch)
         elif due == DELAYED and self._delayed_at == inf and not self.ended:
-            self._delayed_at = now + DELAYED_ACK
+            self._delayed_at = conn.rcv.ack_at
             world.at(self._delayed_at, self._delayed)
 
     @staticmethod
@@ -134,7 +138,7 @@ class Gateway:
         """A SYN; the proxy is connected at once."""
         syn = Segment()
         self._fill(syn, packet)
-        self.conn = Connection(syn, self.iss, self.traits.mss)
+        self.conn = Connection(syn, self.iss, self.traits.mss, self.policy)
         if self.traits.abort_after < inf:
             self.world.at(self.world.now + self.traits.abort_after, self._abort)
         self.output()
@@ -255,6 +259,10 @@ class Gateway:
         assert conn is not None
         self._delayed_at = inf
         if conn.ack_due == DELAYED and conn.state != CLOSED:
+            if conn.rcv.ack_at > self.world.now:  # it is another one
+                self._delayed_at = conn.rcv.ack_at
+                self.world.at(self._delayed_at, self._delayed)
+                return
             conn.delayed_ack_timeout()
             self._end_of_batch(None)
 
@@ -377,4 +385,5 @@ class Gateway:
             return
         assert self.ended, NAMES[conn.state]
         assert conn.deadline == inf, "a timer is left"
+        assert self.policy.growth == self._growth, "a part of the buffers' budget is left"
         assert conn.rcv.pieces is None or self.reset or self.gave_up or conn.state == CLOSED, "text is left"

@@ -114,7 +114,7 @@ class Peer(Sender):
             return
         if not self.established:
             if flags & RST:
-                if packet.ack == (self.iss + 1) & MASK:
+                if flags & ACK and packet.ack == (self.iss + 1) & MASK:
                     self.reset = self.done = True
             elif flags & (SYN | ACK) == SYN | ACK:
                 self._established(packet)

@@ -10,6 +10,7 @@ from random import Random
 from tests.simulation.gateway import Gateway, GatewayTraits
 from tests.simulation.peer import Peer, PeerTraits
 from tests.simulation.world import Link, LinkTraits, Packet, Stillness, World
+from workers.tcp.limits import RECEIVE_BUFFER
 
 MAX_PACKETS = 600  #: of one way, about: many small runs find more than few long ones
 
@@ -100,6 +101,7 @@ class Scenario:
             pause=dice.choice((0.0, 0.0, 0.0, 0.001, 0.05, 1.0)),
             lingers=dice.choice((0.0, 0.0, 0.0, 0.1, 100.0)),
             abort_after=ends[2],
+            receive_buffer=dice.choice((16_384, 262_144, RECEIVE_BUFFER, 64 << 20)),
         )
         sizes = (0, 1, 1000, 10_000, 30_000, 100_000, 400_000)
         # Octet by octet, or once a second, or after each timeout: not too many of them.

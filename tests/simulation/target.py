@@ -67,7 +67,10 @@ class Target:
 
     def connect_ex(self, address: tuple[str, int]) -> int:
         world = self.shard.world
-        flow = next(flow for flow in self.shard.flows.values() if flow.server_port == address[1])
+        flow = next((flow for flow in self.shard.flows.values() if flow.server_port == address[1]), None)
+        if flow is None:  # noise that was a SYN
+            self.broken = True
+            return errno.ENETUNREACH
         flow.targets.append(self)
         self.traits = flow.traits
         self.total = flow.total

@@ -8,6 +8,7 @@ from math import inf
 from ipc.layout import TX_LARGE
 from tests.simulation.peer import Peer
 from tests.simulation.scenario import Result, link_traits, peer_traits
+from tests.simulation.stranger import Stranger
 from tests.simulation.target import target_traits
 from tests.simulation.whole_worker import Flow, WholeWorker
 from tests.simulation.world import Link, Packet, Stillness, World
@@ -75,8 +76,8 @@ class Client:
         assert target.remote_closed and peer.remote_closed and not target.reset
 
 
-def run(shard: WholeWorker, seed: int, tell: Callable[[str], None] | None = None) -> Result:
-    """Run one seed with a worker that has run others before."""
+def run(shard: WholeWorker, seed: int, tell: Callable[[str], None] | None = None, strange: int = 0) -> Result:
+    """Run one seed with a worker that has run others before, beside so many frames of a stranger."""
     world = World(seed)
     dice = world.dice
     shard.begin(world, frames=dice.choice((2, 8, TX_LARGE)))
@@ -89,6 +90,8 @@ def run(shard: WholeWorker, seed: int, tell: Callable[[str], None] | None = None
             tell(f"{client.peer.traits}, sends {client.peer.total}")
             tell(f"{client.flow.traits}, sends {client.flow.total}")
         client.peer.begin()
+    if strange:
+        Stranger(shard, [client.flow for client in clients], strange).begin()
     timeouts = shard.count[counts.TCP_RETRANSMIT_TIMEOUTS]
     aborted = any(client.aborted for client in clients)
     try:
@@ -106,4 +109,4 @@ def run(shard: WholeWorker, seed: int, tell: Callable[[str], None] | None = None
         client.check(gave_up > 0)
     up = sum(target.received for client in clients for target in client.flow.targets)
     down = sum(client.peer.received for client in clients)
-    return Result(seed, seconds, world.carried, up, down, any(client.peer.reset for client in clients), False)
+    return Result(seed, seconds, world.carried, up, down, any(client.peer.reset for client in clients), strange > 0)

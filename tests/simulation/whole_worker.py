@@ -10,6 +10,7 @@ checksums of their own. A transmitted frame stays in flight for a while, and mus
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import struct
@@ -80,17 +81,24 @@ class Flow:
         self.total = total
         self.targets: list[Target] = []
         shard.flows[self.key] = self
+        self.first: list[tuple[Packet, bytes]] = []  #: of the client's packets, with their texts
+        self.last: tuple[Packet, bytes] | None = None
         self._wire = shard.world.dice.random() < 0.3  #: no offloads: checksums are ours
         self._odd = shard.world.dice.random() < 0.3  #: with options and extension headers
 
     def arrives(self, packet: Packet) -> None:
         """Let a packet of the client arrive."""
-        self.shard.receive(*self.frame(packet, STREAM[packet.start : packet.start + packet.len]))
+        text = STREAM[packet.start : packet.start + packet.len]
+        self.last = packet, text
+        if len(self.first) < 20:
+            self.first.append(self.last)
+        self.shard.receive(*self.frame(packet, text))
 
-    def frame(self, packet: Packet, text: bytes) -> tuple[bytes, bytes]:
-        """Return an IP packet and its virtio_net_hdr."""
+    def frame(self, packet: Packet, text: bytes, wire: bool = False, extra: bytes = b"") -> tuple[bytes, bytes]:
+        """Return an IP packet and its virtio_net_hdr; `extra` are more TCP options, `wire`: checksums must be right."""
         dice = self.shard.world.dice
         options = tcp_options(packet)
+        options += extra[: 40 - len(options)]
         if self._odd and len(options) <= 36:
             options += b"\x01" * 4  # NOPs: the header is not the usual one
         tcp = self.ports + struct.pack(
@@ -98,22 +106,20 @@ class Flow:
             *(packet.seq, packet.ack, (5 + len(options) // 4) << 12 | packet.flags, packet.wnd, 0, 0),
         )
         tcp += options + text
-        wire = self._wire and len(text) < 9000
+        wire = wire or (self._wire and len(text) < 9000)
         if wire:
             tcp = tcp[:16] + checksum(tcp, pseudo_sum(self.client, self.server, 6, len(tcp))).to_bytes(2) + tcp[18:]
         if self.version == 4:
-            extra = dice.choice((b"", b"\x01" * 4, b"\x94\x04\x00\x00")) if self._odd else b""
-            header = struct.pack(
-                ">BBHHHBBH", 0x45 + len(extra) // 4, 0, 20 + len(extra) + len(tcp), 0, 0x4000, 64, 6, 0
-            )
-            header += self.client + self.server + extra
+            more = dice.choice((b"", b"\x01" * 4, b"\x94\x04\x00\x00")) if self._odd else b""
+            header = struct.pack(">BBHHHBBH", 0x45 + len(more) // 4, 0, 20 + len(more) + len(tcp), 0, 0x4000, 64, 6, 0)
+            header += self.client + self.server + more
             header = header[:10] + checksum(header).to_bytes(2) + header[12:]
         else:
-            extra = dice.choice((b"", b"\x06\x00\x01\x04\x00\x00\x00\x00")) if self._odd else b""
-            header = struct.pack(">IHBB", 6 << 28, len(extra) + len(tcp), 60 if extra else 6, 64)
-            header += self.client + self.server + extra
+            more = dice.choice((b"", b"\x06\x00\x01\x04\x00\x00\x00\x00")) if self._odd else b""
+            header = struct.pack(">IHBB", 6 << 28, len(more) + len(tcp), 60 if more else 6, 64)
+            header += self.client + self.server + more
         frame = header + tcp
-        if wire and text and dice.random() < 0.02:
+        if self._wire and wire and text and dice.random() < 0.02:
             # Spoiled on the wire: its checksum says so, and it is as good as lost.
             at = len(header) + dice.randrange(len(tcp))
             frame = frame[:at] + bytes([frame[at] ^ 1 << dice.randrange(8)]) + frame[at + 1 :]
@@ -188,6 +194,7 @@ class WholeWorker:
         self.worker = VirtualWorker(self.port, Settings(**{**defaults, **settings}), self.count, self._channels[0])
         self.worker.upstream.open = self._open  # type: ignore[method-assign,assignment]
         self.worker.tcp.initial_sequence_number = self._initial  # type: ignore[method-assign]
+        self._growth = self.worker.tcp.policy.growth
         self.world: World
         self.flows: dict[bytes, Flow] = {}
         self.strays: list[bytes] = []  #: frames for nobody
@@ -215,6 +222,8 @@ class WholeWorker:
         return self.flows[key].iss
 
     def _open(self, family: int, kind: int) -> Target:
+        if kind == socket.SOCK_DGRAM:
+            raise OSError(errno.EMFILE, "no datagrams here")
         self._fd += 1
         return Target(self, self._fd)
 
@@ -314,6 +323,7 @@ class WholeWorker:
         tcp = self.worker.tcp
         assert not tcp.table and not tcp.pending, "a flow is left"
         assert not self._events
+        assert tcp.policy.growth == self._growth, "a part of the buffers' budget is left"
         assert not tcp.acks and not tcp.delayed and not tcp.ready and not tcp.starved
         assert all(fd < FIRST_FD for fd in self.worker.handlers), "a descriptor is watched"
         assert all(target.closed for flow in self.flows.values() for target in flow.targets), "a target is left"

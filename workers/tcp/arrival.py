@@ -213,9 +213,9 @@ def little_text(conn: Connection, seg: Segment, now: float) -> None:
 
 def _came_again(conn: Connection, seq: int, octets: int) -> None:
     """Tell the sender of text before RCV.NXT that came a second time: D-SACK (RFC 2883, 4)."""
-    if conn.sack:
-        rcv = conn.rcv
-        start = (seq - rcv.irs - 1) & MASK
+    rcv = conn.rcv
+    start = (seq - rcv.irs - 1) & MASK
+    if conn.sack and (rcv.taken - start) & MASK <= rcv.taken:  # else it is a stranger's: nothing ever came from there
         rcv.again = start, start + octets
         rcv.blocks_due = True
 

@@ -7,6 +7,7 @@ still rises. It never shrinks: the right edge of the window must not go back (RF
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from workers.tcp.congestion import INITIAL_SEGMENTS
@@ -72,3 +73,4 @@ class Tuning:
         """Return to the worker's budget what the buffer has grown by: the connection has ended."""
         policy.growth += self.grown
         self.grown = 0
+        self.ends_at = inf  # TIME-WAIT still acknowledges: nothing grows any more
