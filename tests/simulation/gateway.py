@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf
 
 from tests.simulation.world import FORGED, MASK, STREAM, Link, Packet, World
+from workers.tcp import pathmtu
 from workers.tcp.connection import Connection
 from workers.tcp.events import (
     ACKED,
@@ -114,6 +115,13 @@ class Gateway:
         elif due == DELAYED and self._delayed_at == inf and not self.ended:
             self._delayed_at = conn.rcv.ack_at
             world.at(self._delayed_at, self._delayed)
+
+    def too_big(self, packet: Packet, mtu: int) -> None:
+        """A router says that it could not forward a packet of ours (Relay.lower_mss)."""
+        conn = self.conn
+        assert conn is not None
+        if not self.ended and pathmtu.is_in_flight(conn, packet.seq) and pathmtu.lower(conn, mtu - 40):
+            self.output()
 
     @staticmethod
     def _fill(seg: Segment, packet: Packet) -> None:

@@ -10,6 +10,7 @@ from random import Random
 from tests.simulation.gateway import Gateway, GatewayTraits
 from tests.simulation.peer import Peer, PeerTraits
 from tests.simulation.world import Link, LinkTraits, Packet, Stillness, World
+from workers.icmperrors import MIN_MTU4
 from workers.tcp.limits import RECEIVE_BUFFER
 
 MAX_PACKETS = 600  #: of one way, about: many small runs find more than few long ones
@@ -28,8 +29,9 @@ class Result:
     stranger: bool
 
 
-def link_traits(dice: Random, delay: float) -> LinkTraits:
+def link_traits(dice: Random, delay: float, least_mtu: int = 1 << 16) -> LinkTraits:
     """Draw one way of a link; half of them only lose, or nothing at all."""
+    mtu = dice.choice((1 << 16, 1 << 16, 552, 576, 1000, 1280, 1400))
     loss = dice.choice((0.0, 0.0, 0.01, 0.05, 0.2))
     jitter = dice.choice((0.0, 0.0, delay / 10, delay, 4 * delay))
     if dice.random() < 0.5:
@@ -46,6 +48,9 @@ def link_traits(dice: Random, delay: float) -> LinkTraits:
         queue=dice.choice((5_000, 50_000, 1_000_000)) if rate < inf else 0,
         tick=dice.choice((0.0, 0.001, 0.02)),
         stall=(stall, stall + dice.choice((0.3, 1.0, 4.0))),
+        mtu=max(mtu, least_mtu),
+        mtu_from=dice.choice((0.0, 0.1, 1.0)),
+        silence=dice.choice((0.0, 0.3)),
     )
 
 
@@ -87,7 +92,8 @@ class Scenario:
         if dice.random() < 0.5:
             world.now = world.start = 4294960.0  # the gateway's millisecond clock wraps soon
         delay = dice.choice((0.0001, 0.001, 0.01, 0.1))
-        self.down_link = Link(world, link_traits(dice, delay), "down")
+        cuts = dice.random() < 0.8
+        self.down_link = Link(world, link_traits(dice, delay, MIN_MTU4 if cuts else 1 << 16), "down")
         self.up_link = Link(world, link_traits(dice, delay), "  up")
         moments = (0.0, 0.01, 0.2, 3.0)
         ends = [dice.choice(moments) * dice.random() if dice.random() < 0.06 else inf for _ in range(3)]
@@ -96,7 +102,7 @@ class Scenario:
         gateway = GatewayTraits(
             mss=dice.choice((1460, 1460, 536, 8960)),
             slow_proxy=dice.random() < 0.3,
-            cuts=dice.random() < 0.8,
+            cuts=cuts,
             reads=dice.choice(((65_000,), (1, 700, 20_000, 65_000), (100,))),
             pause=dice.choice((0.0, 0.0, 0.0, 0.001, 0.05, 1.0)),
             lingers=dice.choice((0.0, 0.0, 0.0, 0.1, 100.0)),
@@ -116,6 +122,7 @@ class Scenario:
         self.peer = Peer(world, self.up_link, traits, up, down)
         self.up_link.receiver = self.gateway.arrives
         self.down_link.receiver = self.peer.arrives
+        self.down_link.too_big = self.gateway.too_big
         self.up_link.describe = self._told_up
         self.down_link.describe = self._told_down
         self.stranger = dice.random() < 0.15

@@ -6,7 +6,6 @@ or dropped and counted.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 from tests.one_worker import TRUSTED
@@ -15,7 +14,6 @@ from tests.simulation.world import FORGED, Packet
 from workers.relay import Relay
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, URG
 from workers.tcp.states import SYN_RECEIVED
-from workers.wire.checksum import checksum, pseudo_sum
 
 STRANGE_FRAMES = 300  #: in one run
 MOMENTS = (0.0, 0.0001, 0.001, 0.01, 0.1)  #: seconds between two frames, one of these for a run
@@ -123,28 +121,15 @@ class Stranger:
             body = body[:2] + dice.choice((b"\x00\x35", b"\x01\xbb", body[2:4])) + len(body).to_bytes(2) + body[6:]
         if protocol == 6:
             protocol = 7
-        return self._packet(flow, protocol, body), TRUSTED
+        return flow.packet(protocol, body), TRUSTED
 
     def _icmp_error(self, flow: Flow) -> tuple[bytes, bytes] | None:
         """An ICMP error about a packet that we did not send: its sequence number is a guess."""
         dice = self._dice
-        quoted_tcp = flow.ports[2:] + flow.ports[:2] + struct.pack(">I", dice.getrandbits(32)) + dice.randbytes(12)
         mtu = dice.choice((0, 68, 296, 576, 1280, 1400, 65535))
         if flow.version == 4:
-            quoted = struct.pack(">BBHHHBBH", 0x45, 0, 1500, 0, 0x4000, 60, 6, 0) + flow.server + flow.client
             kind = dice.choice(((3, 4), (3, 4), (3, 4), (3, 1), (3, 3), (4, 0), (11, 0), (12, 0)))
-            body = struct.pack(">BBHI", *kind, 0, mtu) + quoted + quoted_tcp[: dice.choice((0, 4, 8, 20))]
-            body = body[:2] + checksum(body).to_bytes(2) + body[4:]
-            return self._packet(flow, 1, body), WIRE
-        quoted = struct.pack(">IHBB", 6 << 28, 1460, 6, 60) + flow.server + flow.client
-        kind = dice.choice(((2, 0), (2, 0), (2, 0), (1, 0), (1, 4), (3, 0), (4, 0)))
-        body = struct.pack(">BBHI", *kind, 0, mtu) + quoted + quoted_tcp[: dice.choice((0, 4, 8, 20))]
-        body = body[:2] + checksum(body, pseudo_sum(flow.client, flow.server, 58, len(body))).to_bytes(2) + body[4:]
-        return self._packet(flow, 58, body), WIRE
-
-    def _packet(self, flow: Flow, protocol: int, body: bytes) -> bytes:
-        if flow.version == 4:
-            header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0x4000, 64, protocol, 0)
-            header += flow.client + flow.server
-            return header[:10] + checksum(header).to_bytes(2) + header[12:] + body
-        return struct.pack(">IHBB", 6 << 28, len(body), protocol, 64) + flow.client + flow.server + body
+        else:
+            kind = dice.choice(((2, 0), (2, 0), (2, 0), (1, 0), (1, 4), (3, 0), (4, 0)))
+        quote = dice.choice((0, 4, 8, 20))
+        return flow.icmp_error(dice.getrandbits(32), 1500, mtu, kind, quote), WIRE

@@ -13,6 +13,7 @@ from tests.simulation.target import target_traits
 from tests.simulation.whole_worker import Flow, WholeWorker
 from tests.simulation.world import Link, Packet, Stillness, World
 from workers import counts
+from workers.icmperrors import MIN_MTU4, MIN_MTU6
 
 MAX_PACKETS = 300  #: of one way of one flow, about
 
@@ -24,7 +25,9 @@ class Client:
         world = shard.world
         dice = world.dice
         delay = dice.choice((0.0001, 0.001, 0.01, 0.1))
-        self.down_link = Link(world, link_traits(dice, delay), f"{number} down")
+        version = dice.choice((4, 6))
+        least_mtu = MIN_MTU4 if version == 4 else MIN_MTU6
+        self.down_link = Link(world, link_traits(dice, delay, least_mtu), f"{number} down")
         self.up_link = Link(world, link_traits(dice, delay), f"{number}   up")
         moments = (0.0, 0.01, 0.2, 3.0)
         ends = [dice.choice(moments) * dice.random() if dice.random() < 0.04 else inf for _ in range(2)]
@@ -39,10 +42,12 @@ class Client:
             down = min(down, 100 * traits.buffer)
         if target.pause:
             down = min(down, 30 * max(target.reads))
-        self.flow = Flow(shard, self.down_link, dice.choice((4, 6)), 1000 + number, target, down)
+        self.flow = Flow(shard, self.down_link, version, 1000 + number, target, down)
         self.peer = Peer(world, self.up_link, traits, up, down)
         self.up_link.receiver = self.flow.arrives
         self.down_link.receiver = self.peer.arrives
+        self.down_link.too_big = self.flow.too_big
+        self.down_link.headers = 40 if version == 4 else 60
         self.up_link.describe = self._told_up
         self.down_link.describe = self._told_down
 

@@ -74,6 +74,7 @@ class Flow:
         family = socket.AF_INET if version == 4 else socket.AF_INET6
         self.client = socket.inet_pton(family, "198.18.0.1" if version == 4 else "fd72:6e67:7761:7900::1")
         self.server = socket.inet_pton(family, "192.0.2.7" if version == 4 else "2001:db8::7")
+        self.router = socket.inet_pton(family, "198.18.0.9" if version == 4 else "fd72:6e67:7761:7900::9")
         self.server_port = server_port
         self.ports = struct.pack(">HH", 40_000, server_port)
         self.key = self.client + self.server + self.ports
@@ -124,6 +125,31 @@ class Flow:
             at = len(header) + dice.randrange(len(tcp))
             frame = frame[:at] + bytes([frame[at] ^ 1 << dice.randrange(8)]) + frame[at + 1 :]
         return frame, WIRE if wire else TRUSTED
+
+    def too_big(self, packet: Packet, mtu: int) -> None:
+        """Let a router tell that it could not forward a packet to this client."""
+        self.shard.receive(self.icmp_error(packet.seq, packet.len + 52, mtu), WIRE)
+
+    def icmp_error(self, seq: int, length: int, mtu: int, kind: tuple[int, int] | None = None, quote: int = 8) -> bytes:
+        """Return an ICMP error about a packet with this sequence number; without a kind: too big."""
+        quoted = (self.ports[2:] + self.ports[:2] + seq.to_bytes(4) + bytes(12))[:quote]
+        if self.version == 4:
+            quoted = struct.pack(">BBHHHBBH", 0x45, 0, length, 0, 0x4000, 60, 6, 0) + self.server + self.client + quoted
+            body = struct.pack(">BBHI", *(kind or (3, 4)), 0, mtu) + quoted
+            body = body[:2] + checksum(body).to_bytes(2) + body[4:]
+            return self.packet(1, body)
+        quoted = struct.pack(">IHBB", 6 << 28, length - 40, 6, 60) + self.server + self.client + quoted
+        body = struct.pack(">BBHI", *(kind or (2, 0)), 0, mtu) + quoted
+        pseudo = pseudo_sum(self.router, self.server, 58, len(body))
+        return self.packet(58, body[:2] + checksum(body, pseudo).to_bytes(2) + body[4:])
+
+    def packet(self, protocol: int, body: bytes) -> bytes:
+        """Return an IP packet of any protocol from a router on the client's side to the server."""
+        if self.version == 4:
+            header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0x4000, 64, protocol, 0)
+            header += self.router + self.server
+            return header[:10] + checksum(header).to_bytes(2) + header[12:] + body
+        return struct.pack(">IHBB", 6 << 28, len(body), protocol, 64) + self.router + self.server + body
 
     def sent(self, frame: bytes) -> None:
         """Take a frame for this client, and put it on the link, cut."""
@@ -211,6 +237,7 @@ class WholeWorker:
         self.world = world
         self.flows.clear()
         self.strays.clear()
+        self.worker.tcp.icmp_errors._known.clear()
         self._wake_at = inf
         self._breath = self._completing = False
         free = self.port.large.free

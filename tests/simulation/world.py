@@ -118,6 +118,9 @@ class LinkTraits:
     queue: int = 0  #: octets that wait for a slow link; the rest is dropped
     tick: float = 0.0  #: packets arrive together, each so many seconds
     stall: tuple[float, float] = (inf, inf)  #: from when to when nothing arrives (seconds after the start)
+    mtu: int = 1 << 16  #: of a router in the middle
+    mtu_from: float = 0.0  #: seconds after the start
+    silence: float = 0.0  #: probability that the router does not say what was too big
 
 
 class Link:
@@ -129,6 +132,8 @@ class Link:
         self.traits = traits
         self.receiver: Callable[[Packet], None]
         self.describe: Callable[[Packet], str] = repr
+        self.too_big: Callable[[Packet, int], None]
+        self.headers = 40  #: octets of IP and TCP without options
         self.loss = traits.loss
         self.dropped = 0  #: packets
         self._burst_end = 0.0
@@ -152,6 +157,8 @@ class Link:
         if traits.jitter:
             at += self._random() * traits.jitter
         if not self._simple:
+            if packet.len and self._exceeds(packet):
+                return
             if traits.rate < inf:
                 begins = max(world.now, self._free_at)
                 if (begins - world.now) * traits.rate > traits.queue:
@@ -170,6 +177,26 @@ class Link:
             self._told(packet, "")
         world.on_the_way += 1
         world.at(at, self._arrives, packet)
+
+    def _exceeds(self, packet: Packet) -> bool:
+        """Drop what is too big for the router in the middle, who mostly says so."""
+        traits = self.traits
+        world = self.world
+        if self.headers + 12 * (packet.ts is not None) + packet.len <= traits.mtu:
+            return False
+        if world.now - world.start < traits.mtu_from:
+            return False
+        told = self._random() >= traits.silence
+        if world.tell is not None:
+            self._told(packet, f"MORE THAN {traits.mtu}{', and says so' if told else ''}")
+        if told:
+            world.on_the_way += 1
+            world.at(world.now + traits.delay, self._too_big, packet)
+        return True
+
+    def _too_big(self, packet: Packet) -> None:
+        self.world.on_the_way -= 1
+        self.too_big(packet, self.traits.mtu)
 
     def _later(self, at: float) -> float:
         stall, end = self.traits.stall
