@@ -17,6 +17,7 @@ import re
 from math import inf
 from pathlib import Path
 
+from workers import counts
 from workers.tcp import events
 from workers.tcp.connection import Connection
 from workers.tcp.cubic import CONTROLS
@@ -313,6 +314,7 @@ class Script:
             "rto": conn.rtt.rto,
             "room": conn.room(self.now),
             "smss": conn.smss,
+            "counted": dict(zip(counts.NAMES, conn.policy.count, strict=True)),
             "pipe": conn.recovery.pipe if conn.disorder and conn.recovery else (conn.snd.nxt - conn.snd.una) & MASK,
             "idle": conn.deadline == inf,
             "inf": inf,

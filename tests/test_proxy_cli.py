@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from gateway.cli.proxy import BadUsage, parse_listen
+from tests.certificates import CA, LOCALHOST
 from tests.proxy_running import PATIENCE, accept, ask, exactly, listening
 from workers.socks.wire import CONNECT
 
@@ -62,6 +63,17 @@ def test_it_says_where_and_stops_with_0(number):
         (["--listen", "127.0.0.1:65536"], "0…65535"),
         (["--listen", "192.0.2.1:1080"], "cannot listen on 192.0.2.1:1080"),
         (["--bogus"], "--bogus"),
+        (["--listen", "socks5+tls://:0"], "--listen-cert"),
+        (["--listen-cert", "/etc/hosts"], "no PEM"),
+        (["--listen-ca", "/etc/hosts"], "--listen-cert"),
+        (["--via", "http://localhost"], "--forward"),
+        (["--forward", "http://localhost"], "socks5+ws://"),
+        (["--forward", "socks5://user:secret@localhost:x"], "'x'"),
+        (["--forward", "socks5://localhost", "--tls-ca", "/no/such/file"], "--tls-ca means nothing"),
+        (["--forward", "socks5+tls://localhost", "--tls-ca", "/no/such/file"], "No such file"),
+        (["--forward", "socks5+tls://localhost", "--tls-key", "/no/such/file"], "--tls-cert"),
+        (["--forward", "socks5://localhost", "--via", "direct://"], "socks4a://"),
+        (["--forward", "socks5://localhost", "--socks-tls", "aes-256-cfb"], "'gost1'"),
         (["--user", "me"], "--password-file"),
         (["--user", "me", "--password-file", "/no/such/file"], "/no/such/file"),
         (["--loglevel", "loud"], "'debug'"),
@@ -105,23 +117,40 @@ def test_an_open_proxy_warns_in_one_line():
 @pytest.mark.parametrize(
     ("text", "listen"),
     [
-        ("127.0.0.1:1", ("127.0.0.1", 1)),
-        ("127.0.0.1", ("127.0.0.1", 1080)),
-        (":8080", ("127.0.0.1", 8080)),
-        ("[::1]:9", ("::1", 9)),
-        ("[::1]", ("::1", 1080)),
-        ("::1", ("::1", 1080)),
-        ("localhost:0", ("localhost", 0)),
+        ("127.0.0.1:1", ("raw", "127.0.0.1", 1)),
+        ("127.0.0.1", ("raw", "127.0.0.1", 1080)),
+        (":8080", ("raw", "127.0.0.1", 8080)),
+        ("[::1]:9", ("raw", "::1", 9)),
+        ("[::1]", ("raw", "::1", 1080)),
+        ("::1", ("raw", "::1", 1080)),
+        ("localhost:0", ("raw", "localhost", 0)),
+        ("socks5+ws://:8080", ("ws", "127.0.0.1", 8080)),
+        ("socks5+wss://[::1]", ("wss", "::1", 443)),
+        ("SOCKS5+TLS://127.0.0.1/", ("tls", "127.0.0.1", 1080)),
     ],
 )
 def test_listen_addresses(text, listen):
     assert parse_listen(text) == listen
 
 
-@pytest.mark.parametrize("text", ["[::1", "[::1]9", "example.com:1", "127.0.0.1:x", "127.0.0.1:-1", "1.2.3:4"])
+@pytest.mark.parametrize(
+    "text", ["[::1", "[::1]9", "example.com:1", "127.0.0.1:x", "127.0.0.1:-1", "1.2.3:4", "socks5+ws://:1/x", "ws://:1"]
+)
 def test_listen_addresses_that_are_none(text):
     with pytest.raises(BadUsage):
         parse_listen(text)
+
+
+def test_two_of_them_in_a_row():
+    far_end = running("--listen", "socks5+wss://127.0.0.1:0", "--listen-cert", LOCALHOST)
+    with listening() as listener, far_end as (_, far):
+        url = f"socks5+wss://localhost:{far[1]}"
+        with (
+            running("--forward", url, "--tls-ca", CA, "--udp-mode", "hev") as (_, near),
+            socket.create_connection(near, timeout=PATIENCE) as client,
+        ):
+            assert ask(client, CONNECT, b"\x7f\x00\x00\x01", listener.getsockname()[1]).reply == 0
+            accept(listener).close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")

@@ -20,9 +20,11 @@ from tests.builders import (
     syn_received,
     time_wait,
 )
+from workers import counts
 from workers.tcp.connection import Connection
 from workers.tcp.events import ACKED, AT_ONCE, DELAYED, ENDED, GAVE_UP, NOT_DUE, OPENED, REMOTE_CLOSED, RESET, TEXT
 from workers.tcp.limits import FIRST_BUFFER, MAX_PACKET, MAX_RETRIES, SEND_BUFFER
+from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.states import ALLOWED, CLOSED, ESTABLISHED, NAMES, SYN_RECEIVED, TIME_WAIT
 
@@ -73,11 +75,14 @@ def test_abort_in_every_state_sends_one_reset(build):
 @pytest.mark.parametrize("flags", [SYN | ACK, SYN])
 def test_a_syn_changes_nothing_but_the_ack_that_is_due(build, flags):
     conn = build()
+    conn.policy = None  # the counters
     before = snapshot(deepcopy(conn))
+    conn.policy = policy = Policy()
     seq = 1 if build is not syn_received else 5
     assert arrive(conn, segment(seq, 1, flags)) == 0
     assert conn.ack_due == AT_ONCE
-    conn.ack_due = NOT_DUE
+    assert policy.count[counts.TCP_CHALLENGES] == 1
+    conn.ack_due, conn.challenged_at, conn.policy = NOT_DUE, -inf, None
     assert snapshot(conn) == before
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from hashlib import blake2b
 from math import inf
+from secrets import randbelow
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ipc.layout import HEADROOM
@@ -22,6 +24,7 @@ from workers.socks.wire import ProtocolError
 from workers.tcp.connection import Connection
 from workers.tcp.cubic import CONTROLS
 from workers.tcp.events import ENDED
+from workers.tcp.limits import CHALLENGES
 from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
@@ -105,7 +108,12 @@ class TcpFlows:
         self.early_accept = settings.early_accept
         self.mss4 = settings.mtu - 40
         self.mss6 = settings.mtu - 60
-        self.policy = Policy(settings.tcp_receive_buffer, worker.count, CONTROLS[settings.congestion])
+        self.policy = Policy(
+            settings.tcp_receive_buffer,
+            worker.count,
+            lambda: CHALLENGES // 2 + randbelow(CHALLENGES),
+            CONTROLS[settings.congestion],
+        )
         self.table: dict[bytes, Flow] = {}
         self.out = Segment()  #: filled by each connection in turn
         self.acks: list[Relay] = []  #: flows that may owe a pure ACK at the end of the batch
@@ -344,8 +352,8 @@ class TcpFlows:
                 self.remove(key, flow)
 
     def initial_sequence_number(self, key: bytes, now: float) -> int:
-        """RFC 6528: a clock of 4 µs plus a keyed hash of the 5-tuple (`hash` of bytes is SipHash)."""
-        return (hash((self._secret, key)) + int(now * 250_000)) & MASK
+        """RFC 6528: a clock of 4 µs plus a keyed hash of the 5-tuple."""
+        return (int.from_bytes(blake2b(key, digest_size=4, key=self._secret).digest()) + int(now * 250_000)) & MASK
 
     def stop(self, now: float) -> None:
         """End all flows; clients and proxies get RST."""

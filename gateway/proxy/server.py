@@ -16,6 +16,8 @@ from gateway.proxy.resolve import Resolver
 from gateway.proxy.session import Session
 from gateway.proxy.stream import Stream
 from gateway.proxy.tls import ServerTls
+from gateway.proxy.tunnelurl import RAW, TLS, WS, WSS
+from gateway.proxy.websocket import WebSocket
 
 BACKLOG: Final = 4096  # the kernel takes net.core.somaxconn if that is less
 ACCEPTS_PER_BREATH: Final = 64  # those who are connected already get their turn as well
@@ -49,7 +51,8 @@ class Server:
     """A SOCKS5 server; it listens from the moment it is made, and answers while `serve_forever` runs.
 
     With a username, clients must authenticate. `outbound` is where their requests go, without one straight to the
-    targets. `tls` is what TLS is answered with: gost's methods 80, 82 and 8A. `portable` does without epoll, splice
+    targets. `carrier` is what SOCKS5 comes in (tunnelurl.py), and `tls` what TLS is answered with, which some of them
+    and gost's methods 80, 82 and 8A need. `portable` does without epoll, splice
     and UDP offloads, as on systems other than Linux. Timeouts are seconds. `counters` says what
     became of clients, by reason.
     """
@@ -66,6 +69,7 @@ class Server:
         stall_timeout: float = STALL_TIMEOUT,
         idle_timeout: float = IDLE_TIMEOUT,
         outbound: Outbound | None = None,
+        carrier: str = RAW,
         tls: ServerTls | None = None,
         reuse_port: bool = False,
         portable: bool = sys.platform != "linux",
@@ -81,6 +85,7 @@ class Server:
         self.idle_timeout = idle_timeout
         self.outbound: Outbound = outbound or Direct()
         self.tls = tls
+        self._carrier = carrier
         self.portable = portable
         self.counters: Counter[str] = Counter()
         self._listener = _listen(listen, reuse_port)
@@ -201,8 +206,16 @@ class Server:
                 continue  # the client has gone already
             client.setblocking(False)
             self.counters["clients"] += 1
-            session = Session(self)
-            session.attend(Stream(self, client, session))
+            self._admit(client)
+
+    def _admit(self, client: socket.socket) -> None:
+        session = Session(self)
+        stream = Stream(self, client, session)
+        if self.tls and self._carrier in (TLS, WSS):
+            stream.push(self.tls.serve())
+        if self._carrier in (WS, WSS):
+            stream.push(WebSocket())
+        session.attend(stream)
 
     def _pause(self, pause: bool) -> None:
         """Stop accepting while there is no room for another client, else the full queue would be reported for ever."""

@@ -151,5 +151,5 @@ def _load_ca(context: ssl.SSLContext, path: str) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
-        return (error.reason or "it holds no PEM").lower().replace("_", " ")
+        return (error.reason or "it holds no PEM").replace("_", " ").lower().replace("pem", "PEM")
     return (isinstance(error, OSError) and error.strerror) or str(error)

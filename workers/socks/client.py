@@ -110,6 +110,11 @@ class SocksHandshake:
         self.ready = False
         self.requested = True
 
+    @property
+    def has_bare_reply(self) -> bool:
+        """Tell whether a success may be complete but for its address: gost v1 leaves it out over IPv6."""
+        return len(self._held) == 6 and self._held.startswith(b"\x05\x00\x00\x01")
+
     def receive(self, data: bytes) -> bytes:
         """Take bytes from the proxy, in any pieces; return what to send next, often nothing.
 

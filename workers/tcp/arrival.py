@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmap import mmap
 from typing import TYPE_CHECKING
 
+from workers import counts
 from workers.tcp.events import (
     AT_END_OF_BATCH,
     AT_ONCE,
@@ -15,7 +16,8 @@ from workers.tcp.events import (
     RESET,
     UNACCEPTABLE_ACK,
 )
-from workers.tcp.limits import DELAYED_ACK, QUICK_ACKS
+from workers.tcp.limits import CHALLENGE_INTERVAL, DELAYED_ACK, PAWS_IDLE, QUICK_ACKS
+from workers.tcp.reassembly import Reassembly
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
 from workers.tcp.states import (
@@ -39,37 +41,44 @@ RECEIVING = (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2)  #: states in which text and F
 def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> None:
     """Process one segment; on return `seg.len` is the length of its text that is in order, 0 if none is."""
     rcv = conn.rcv
+    count = conn.policy.count
     seg_len = seg.len
     seg.len = 0
     if conn.state == CLOSED:
         return
     if conn.state == SYN_RECEIVED and seg.flags & (SYN | ACK) == SYN and seg.seq == rcv.irs:
-        conn.syn_due = True  # the SYN again: so is the SYN-ACK
+        if _may_answer(conn, now):
+            conn.syn_due = True  # the SYN again: so is the SYN-ACK
         return
 
     # First, check sequence number; before it PAWS (RFC 7323, 5.3, R1).
     if conn.timestamps and not seg.flags & RST:
         if not seg.ts_present:
-            return  # RFC 7323, 3.2: once negotiated, a segment without the option is dropped
-        if (seg.ts_val - conn.ts_recent) & MASK >= HALF:
-            conn.ack_due = AT_ONCE
+            count[counts.TCP_DROPPED_NO_TIMESTAMP] += 1  # RFC 7323, 3.2: once negotiated, each segment has the option
+            return
+        if (seg.ts_val - conn.ts_recent) & MASK >= HALF and now - conn.ts_recent_at <= PAWS_IDLE:
+            count[counts.TCP_DROPPED_OLD] += 1
+            _acknowledge_again(conn, seg.flags, seg_len, now)
             return
     offset = (seg.seq - rcv.nxt) & MASK
     fin = bool(seg.flags & FIN)
     occupied = seg_len + fin + bool(seg.flags & SYN)
     acceptable = _acceptable(rcv.wnd, offset, occupied)
     if not acceptable:
+        count[counts.TCP_DROPPED_OUTSIDE] += 1
         if seg.flags & RST:
             return
         if conn.timestamps and (offset + occupied) & MASK == 0:
             conn.ts_recent = seg.ts_val  # our ACK of it was lost: echo this copy, or the peer measures a timeout
-        conn.ack_due = AT_ONCE
+            conn.ts_recent_at = now
+        _acknowledge_again(conn, seg.flags, seg_len, now)
         if seg_len and offset >= HALF:
             _came_again(conn, seg.seq, min(-offset & MASK, seg_len))
         if rcv.wnd or offset:
             return  # else the window is closed: the ACK of a probe is taken all the same, its text and FIN are not
     if conn.timestamps and seg.ts_present and (rcv.nxt - rcv.unacked - seg.seq) & MASK < HALF:
         conn.ts_recent = seg.ts_val  # R3: the segment covers the last ACK sent
+        conn.ts_recent_at = now
         rcv.ts_ecr = seg.ts_ecr
 
     # Second, check the RST bit; only the exact number resets (RFC 5961, 3.2).
@@ -77,16 +86,19 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
         if offset == 0:
             conn.end(RESET)
         else:
-            conn.ack_due = AT_ONCE
+            _challenge(conn, now)
         return
 
     # Fourth, check the SYN bit: a challenge ACK (RFC 5961, 4.2). (Third is security, RFC 9293 keeps the number.)
     if seg.flags & SYN:
-        conn.ack_due = AT_ONCE
+        _challenge(conn, now)
         return
 
     # Fifth, check the ACK field.
-    if not seg.flags & ACK or not _ack_arrives(conn, seg, seg_len, now) or not acceptable:
+    if not seg.flags & ACK:
+        count[counts.TCP_DROPPED_NO_ACK] += 1
+        return
+    if not _ack_arrives(conn, seg, seg_len, now) or not acceptable:
         return
 
     # Sixth, the URG bit: ignored, urgent text is text (RFC 9293, 3.8.5). Seventh, process the segment text.
@@ -97,6 +109,8 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
                 rcv.fin_at = rcv.taken + position
         if seg_len:
             _text_arrives(conn, seg, seg_len, offset, memory, now)
+    elif seg_len:
+        count[counts.TCP_DROPPED_AFTER_FIN] += 1
 
     # Eighth, check the FIN bit: done when the text before it is in order, by the relay after take_reassembled().
     if fin:
@@ -135,7 +149,8 @@ def _ack_arrives(conn: Connection, seg: Segment, seg_len: int, now: float) -> bo
         # sent (RFC 5961, 5.2).
         behind = (snd.una - seg.ack) & MASK
         if behind >= HALF or behind > snd.max_wnd:
-            conn.ack_due = AT_ONCE
+            conn.policy.count[counts.TCP_DROPPED_BAD_ACK] += 1
+            _challenge(conn, now)
             return False
         return True
     if advance:
@@ -171,7 +186,11 @@ def _text_arrives(conn: Connection, seg: Segment, seg_len: int, offset: int, mem
     seg_len = min(seg_len, rcv.wnd - offset)  # it may end behind the window
     if offset:
         _ack_at_once(conn)  # RFC 5681, 4.2: a duplicate ACK tells of the gap
-        again = rcv.insert(rcv.taken + offset, memory[at : at + seg_len])
+        if rcv.pieces is None:
+            rcv.pieces = Reassembly()
+        dropped = rcv.pieces.dropped
+        again = rcv.pieces.insert(rcv.taken + offset, memory[at : at + seg_len])
+        conn.policy.count[counts.TCP_DROPPED_REASSEMBLY] += rcv.pieces.dropped - dropped
         if conn.sack:
             rcv.blocks_due = True
             rcv.again = again
@@ -184,6 +203,34 @@ def _text_arrives(conn: Connection, seg: Segment, seg_len: int, offset: int, mem
     seg.text_at = at
     seg.len = seg_len
     conn.text_in_order(seg, now)
+
+
+def _may_answer(conn: Connection, now: float) -> bool:
+    """Limit the answers to what may be forged, or come from a peer that answers the answer, for ever."""
+    if now - conn.challenged_at < CHALLENGE_INTERVAL:
+        conn.policy.count[counts.TCP_CHALLENGES_LIMITED] += 1
+        return False
+    conn.challenged_at = now
+    return True
+
+
+def _challenge(conn: Connection, now: float) -> None:
+    """Send a challenge ACK, unless this connection or this worker sent too many (RFC 5961, 7)."""
+    if not _may_answer(conn, now):
+        return
+    if not conn.policy.may_challenge(now):
+        conn.policy.count[counts.TCP_CHALLENGES_LIMITED] += 1
+        return
+    conn.policy.count[counts.TCP_CHALLENGES] += 1
+    conn.ack_due = AT_ONCE
+
+
+def _acknowledge_again(conn: Connection, flags: int, seg_len: int, now: float) -> None:
+    """Answer a segment that is not acceptable; text and FIN always, they are in no loop of ACKs (as Linux)."""
+    if flags & SYN:
+        _challenge(conn, now)
+    elif seg_len or flags & FIN or _may_answer(conn, now):
+        conn.ack_due = AT_ONCE
 
 
 def _ack_at_once(conn: Connection) -> None:

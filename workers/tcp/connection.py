@@ -59,6 +59,7 @@ class Connection:
     __slots__ = (
         "ack_due",
         "announced_mss",
+        "challenged_at",
         "congestion",
         "disorder",
         "events",
@@ -81,6 +82,7 @@ class Connection:
         "syn_due",
         "timestamps",
         "ts_recent",
+        "ts_recent_at",
     )
 
     def __init__(self, syn: Segment, iss: int, mss: int, policy: Policy | None = None) -> None:
@@ -94,6 +96,7 @@ class Connection:
         self.announced_mss = mss  #: the MSS option of our SYN-ACK
         self.timestamps = syn.ts_present  #: RFC 7323: each segment carries the option
         self.ts_recent = syn.ts_val if syn.ts_present else 0  #: TS.Recent
+        self.ts_recent_at = inf  #: when it was set
         self.sack = self.rtt.probes = syn.sack_permitted  #: RFC 2018: both sides permit SACK
         if syn.window_scale >= 0:
             snd.scale = syn.window_scale
@@ -108,6 +111,7 @@ class Connection:
         self.smss = max(min(syn.mss or DEFAULT_MSS, mss, MAX_PACKET) - (12 if syn.ts_present else 0), 32)
         self.congestion = policy.congestion(self.smss)
         self.ack_due = NOT_DUE
+        self.challenged_at = -inf  #: when a segment that may be forged was last answered
         self.pingpong = False  #: our data answers theirs soon: ACKs may ride on it
         self.retries = 0  #: of the oldest segment in flight
         self.disorder = False  #: something in flight is SACKed, lost or sent again: ACKs are recovery's business
@@ -204,6 +208,7 @@ class Connection:
             # The fast path: the next segment in order. Same result as the steps (tests/test_tcp_fast_path.py).
             if self.timestamps and not rcv.unacked:  # RFC 7323, 4.3: a delayed ACK echoes its first segment
                 self.ts_recent = seg.ts_val
+                self.ts_recent_at = now
                 rcv.ts_ecr = seg.ts_ecr
             if seg.ack != snd.una:
                 self.acknowledged(seg, now)

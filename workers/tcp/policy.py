@@ -1,23 +1,30 @@
 """Policy: what all connections of one worker share: what is configured, budgets that they draw on, and counters."""
 
+from collections.abc import Callable
+
 from workers import counts
 from workers.tcp.congestion import NewReno
 from workers.tcp.cubic import Cubic
-from workers.tcp.limits import FIRST_BUFFER, GROWN_FLOWS, RECEIVE_BUFFER
+from workers.tcp.limits import CHALLENGES, FIRST_BUFFER, GROWN_FLOWS, RECEIVE_BUFFER
 
 
 class Policy:
     """One for each worker; the numbers that change are changed by its connections."""
 
-    __slots__ = ("congestion", "count", "growth", "receive_buffer", "scale")
+    __slots__ = ("_challenges", "_second", "congestion", "count", "growth", "quota", "receive_buffer", "scale")
 
     def __init__(
         self,
         receive_buffer: int = RECEIVE_BUFFER,
         count: memoryview | list[int] | None = None,
+        quota: Callable[[], int] = lambda: CHALLENGES,
         congestion: type[NewReno] = Cubic,
     ) -> None:
-        """`receive_buffer`: octets of one flow that may wait for the proxy; `count`: the worker's counters."""
+        """`receive_buffer`: octets of one flow that may wait for the proxy; `count`: the worker's counters.
+
+        `quota` says how many challenge ACKs one second may have: somewhat random, or those who share the limit could
+        find out from it what others got (CVE-2016-5696).
+        """
         self.congestion = congestion
         self.count = [0] * len(counts.NAMES) if count is None else count
         self.receive_buffer = receive_buffer
@@ -25,3 +32,14 @@ class Policy:
         self.scale = max(7, (receive_buffer - 1).bit_length() - 16)
         #: octets by which receive buffers may still grow: their sum is bounded, however many flows there are
         self.growth = GROWN_FLOWS * max(receive_buffer - FIRST_BUFFER, 0)
+        self.quota = quota
+        self._challenges = 0  # left in this second
+        self._second = -1
+
+    def may_challenge(self, now: float) -> bool:
+        """Say whether this worker may send one more challenge ACK in this second (RFC 5961, 7)."""
+        if int(now) != self._second:
+            self._second = int(now)
+            self._challenges = self.quota()
+        self._challenges -= 1
+        return self._challenges >= 0

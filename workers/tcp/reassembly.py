@@ -31,12 +31,13 @@ class Run:
 class Reassembly:
     """The runs of one connection; made when the first text is out of order, gone when there is none left."""
 
-    __slots__ = ("_chunks", "_runs", "_starts")
+    __slots__ = ("_chunks", "_runs", "_starts", "dropped")
 
     def __init__(self) -> None:
         self._starts: list[int] = []  #: where the runs begin, sorted
         self._runs: dict[int, Run] = {}  #: by start; the one that was touched last stands last
         self._chunks = 0  #: chunks of all runs
+        self.dropped = 0  #: insertions that were dropped, wholly or in part
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -65,9 +66,11 @@ class Reassembly:
             if run is None:
                 run = self._begin(i, at, part)
                 if run is None:
+                    self.dropped += 1
                     break
                 i += 1
             elif not self._grow(run, part):
+                self.dropped += 1
                 break
             if following is None:
                 break

@@ -65,12 +65,6 @@ class ReceiveSpace:
         """RCV.WND."""
         return (self.adv - self.nxt) & MASK
 
-    def insert(self, position: int, text: bytes) -> Range | None:
-        """Keep text that is not in order yet; return what of it was kept before, see Reassembly.insert."""
-        if self.pieces is None:
-            self.pieces = Reassembly()
-        return self.pieces.insert(position, text)
-
     def take_ready(self) -> bytes:
         """Remove and return the text that has become in order, and advance RCV.NXT over it."""
         pieces = self.pieces
