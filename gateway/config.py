@@ -17,6 +17,7 @@ import msgspec
 
 from gateway.keys import BY_NAME, KEYS, Key
 from gateway.proxyurl import MAX_CREDENTIAL, WITHOUT_PROXY, ConfigError, ProxyUrl, parse_proxy
+from workers.socks import modes
 
 __all__ = ["Config", "ConfigError", "ProxyUrl", "control_directories", "control_path", "load", "parse_proxy"]
 
@@ -236,17 +237,15 @@ def _neighbour(
     raise ConfigError(f"{interface.network} has no room for an address of Ringway's own beside {interface.ip}")
 
 
-#: scheme → modes of UDP that it can carry beside auto
-_UDP_MODES: Final = {"socks4": (), "socks4a": ("uot",), "http": ("uot",)}
-
-
 def _check_udp_mode(given: dict[str, Any]) -> None:
     """Refuse a mode of UDP that the kind of proxy cannot have."""
     mode = given.get("udp-mode", "auto")
     scheme = parse_proxy(given.get("proxy", Config().proxy)).scheme
-    can = _UDP_MODES.get(scheme)
-    if can is not None and mode != "auto" and mode not in can:
-        raise ConfigError(f"udp-mode {mode}: {scheme}:// cannot carry it, allowed is {' or '.join(('auto', *can))}")
+    if mode == modes.AUTO or scheme in ("socks5", "socks5h", *WITHOUT_PROXY):
+        return
+    can = modes.DIALECTS_OF.get(scheme, ())
+    if mode not in can:
+        raise ConfigError(f"udp-mode {mode}: {scheme}:// cannot carry it, allowed is {' or '.join((modes.AUTO, *can))}")
 
 
 def _settle_password(given: dict[str, Any], layers: list[dict[str, Any]], env: Mapping[str, str]) -> None:

@@ -14,6 +14,10 @@ class ProbeError(Exception):
     """A step of the probe that failed; its text says what was seen."""
 
 
+class Silence(ProbeError):
+    """Nothing came in time."""
+
+
 class Conversation:
     """One TCP connection to a proxy."""
 
@@ -47,7 +51,7 @@ class Conversation:
             self.socket.settimeout(self.left())
             more = self.socket.recv(at_most)
         except TimeoutError:
-            raise ProbeError(f"{what} did not come in {self.timeout:g} s{_so_far(so_far)}") from None
+            raise Silence(f"{what} did not come in {self.timeout:g} s{_so_far(so_far)}") from None
         if not more:
             raise ProbeError(f"the proxy closed the connection instead of {what}{_so_far(so_far)}")
         return more

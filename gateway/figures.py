@@ -19,15 +19,26 @@ _FLOWS = {"tcp": "tcp_flows", "udp": "udp_associations"}
 
 
 def status(
-    *, device: "Device", proxy: str, placement: str, started_at: float, processes: "list[Process]", counters: "Counters"
+    *,
+    device: "Device",
+    proxy: str,
+    udp: dict[str, str],
+    placement: str,
+    started_at: float,
+    processes: "list[Process]",
+    counters: "Counters",
 ) -> dict[str, Any]:
-    """Return the answer to `status`; `proxy` is shown as it is, without its password, `started_at` is monotonic."""
+    """Return the answer to `status`; `proxy` is shown as it is, without its password, `started_at` is monotonic.
+
+    `udp` holds the "mode" of the configuration, and what was "found" for auto.
+    """
     words = counters.snapshot()
     return {
         "version": __version__,
         "uptime": time.monotonic() - started_at,
         "device": {"name": device.name, "mtu": device.mtu, "features": feature_names(device.features)},
         "proxy": proxy,
+        "udp": udp,
         "placement": placement,
         "processes": [
             {"role": "supervisor", "shard": None, "state": "running", "restarts": 0} | process_figures(os.getpid()),

@@ -20,8 +20,10 @@ PROBE_AGAIN: Final = (1.0, 2.0, 5.0, 10.0, 30.0)  #: seconds; only while nobody 
 class ProxyHealth:
     """One opinion out of many: down when anybody says so, back when anybody who said so takes it back."""
 
-    def __init__(self, loop: EventLoop, name: str) -> None:
+    def __init__(self, loop: EventLoop, name: str, on_back: Callable[[], None] = lambda: None) -> None:
+        """`on_back` is called when the proxy can be reached again."""
         self._loop = loop
+        self._on_back = on_back
         self._name = name  # host:port, for the log
         self._reporters: set[Hashable] = set()  # who said that it is down
         self._reason = ""
@@ -49,10 +51,13 @@ class ProxyHealth:
 
     def is_up(self) -> None:
         """Note that somebody reached the proxy again."""
+        was_down = self.down
         self._reporters.clear()
         if self._said:
             self._said = False
             log.warning("proxy %s is back", self._name)
+        if was_down:
+            self._on_back()
 
     def answers_wrong(self, error: str) -> None:
         """Say what the proxy answers instead of what it should; each kind once in a row, whoever saw it."""

@@ -1,33 +1,31 @@
 """Ask a proxy what it can do: reach it, log in, CONNECT, UDP in each way that it may have; runs on any system.
 
-    proxy ─ login ─┬─ connect-ipv4
-                   ├─ connect-ipv6
-                   ├─ connect-name
-                   └─ udp-associate ─┬─ udp-ipv4    a DNS query through an association,
-                                     ├─ udp-ipv6    to a resolver of that family
-                                     └─ pipelined   method, password and CONNECT in one go
+    proxy ─ login ─┬─ connect-ipv4         ┬─ udp-ipv4      a DNS query through an association,
+                   ├─ connect-ipv6         ├─ udp-ipv6      to a resolver of that family
+                   ├─ connect-name         ├─ udp-gost …    the same through each dialect of UDP inside TCP
+                   └─ udp-associate        └─ pipelined     method, password and CONNECT in one go
 
 What stands in one column is asked at the same time, and each row ends within `timeout`. What a kind of proxy does not
-have (login and UDP of HTTP and SOCKS4) is not asked.
+have (login and most of UDP with HTTP and SOCKS4) is not asked.
 
-CONNECT by SOCKS5 is asked through PySocks, an independent client. Login and UDP ASSOCIATE are spoken here: PySocks
-hides the method chosen, declares an address that strict servers refuse, and never looks at the answered one.
+CONNECT by SOCKS5 is asked through PySocks, an independent client. Login is spoken here: PySocks hides the
+method chosen.
 """
 
 import ipaddress
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
-import dpkt
 import socks
 
+from gateway.caller import DNS_PORT, Caller, Result, Seen, dns_answer, dns_query, packed
 from gateway.conversation import Address, Conversation, ProbeError, mark
 from gateway.proxyurl import WITHOUT_PROXY, ProxyUrl
-from workers.socks.client import SocksHandshake
+from workers.socks import modes
 from workers.socks.handshake import Handshake
 from workers.socks.wire import (
     ADDRESS_TYPE_NOT_SUPPORTED,
@@ -35,14 +33,9 @@ from workers.socks.wire import (
     CONNECT,
     REPLY_TEXT,
     UDP_ASSOCIATE,
-    Host,
-    datagram_header_length,
     write_datagram_header,
 )
-from workers.upstream import handshakes
 
-Result = Literal["works", "understood", "fails", "unknown"]
-Seen = tuple[Result, str]
 Row = tuple[str, Callable[[], Seen]]
 
 _NOT_UNDERSTOOD: Final = (COMMAND_NOT_SUPPORTED, ADDRESS_TYPE_NOT_SUPPORTED)
@@ -54,7 +47,6 @@ DEFAULT_TARGETS: Final[tuple[Address, ...]] = (
     ("one.one.one.one", 443),
 )
 DEFAULT_RESOLVER6: Final = "2001:4860:4860::8888"
-_QUESTION: Final = "one.one.one.one"
 
 
 class Finding(NamedTuple):
@@ -99,19 +91,32 @@ def probe(
     for target in targets or DEFAULT_TARGETS:
         ask = server.connect_by_pysocks if is_socks5 else server.connect
         rows.append((f"connect-{_kind(target[0])}", partial(ask, target)))
-    if not is_socks5:
-        return findings + at_once(rows, timeout)
-    rows.append(("udp-associate", partial(server.associate, udp_address)))
+    if is_socks5:
+        rows.append(("udp-associate", partial(server.associate, udp_address)))
     findings += at_once(rows, timeout)
-    has_udp = findings[-1].result == "works"
+    resolver4 = next((one for one in resolvers if ":" not in one), "")
+    resolver6 = next((one for one in resolvers if ":" in one), DEFAULT_RESOLVER6)
     rows = []
-    for family in (4, 6) if has_udp else ():
-        of_family = [one for one in resolvers if ipaddress.ip_address(one).version == family]
-        resolver = of_family[0] if of_family else DEFAULT_RESOLVER6 if family == 6 else None
-        if resolver:
-            rows.append((f"udp-ipv{family}", partial(server.ask_dns, resolver, udp_address)))
-    rows.append(("pipelined", partial(server.pipelined, (targets or DEFAULT_TARGETS)[0])))
+    if is_socks5 and findings[-1].result == "works":
+        if resolver4:
+            rows.append(("udp-ipv4", partial(server.ask_dns, resolver4, udp_address)))
+        rows.append(("udp-ipv6", partial(server.ask_dns, resolver6, udp_address)))
+    rows += [
+        (f"udp-{mode}", partial(server.tunnel, mode, resolver4 or resolver6))
+        for mode in modes.DIALECTS_OF.get(proxy.scheme, ())
+    ]
+    if is_socks5:
+        rows.append(("pipelined", partial(server.pipelined, (targets or DEFAULT_TARGETS)[0])))
     return findings + at_once(rows, timeout)
+
+
+def best_mode(results: Mapping[str, str]) -> str:
+    """Return the mode that udp-mode auto comes to, from the results of the rows by name."""
+    if results.get("udp-associate") == "works":
+        # gost 1 grants it as well; its datagrams come back inside TCP, and only there.
+        relays = "works" in (results.get("udp-ipv4"), results.get("udp-ipv6"))
+        return modes.GOST1 if not relays and results.get(f"udp-{modes.GOST1}") == "works" else modes.UDP
+    return next((mode for mode in modes.DIALECTS if results.get(f"udp-{mode}") == "works"), modes.NONE)
 
 
 def _kind(host: str) -> str:
@@ -164,21 +169,8 @@ def _connect(proxy: ProxyUrl, timeout: float) -> socket.socket:
         raise ProbeError(f"no TCP connection to {proxy.host} port {proxy.port}: {error.strerror}") from None
 
 
-class Server:
-    """A proxy that was reached at an address."""
-
-    def __init__(self, proxy: ProxyUrl, address: Address, timeout: float, fwmark: int = 0, interface: str = "") -> None:
-        """Each question may take `timeout` seconds; sockets get the mark and interface, but for PySocks'."""
-        self.proxy = proxy
-        self.address = address
-        self.timeout = timeout
-        self.family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._marks = fwmark, interface
-        self._handshake = handshakes(proxy.scheme, proxy.username or None, proxy.password or None)
-
-    def talk(self) -> Conversation:
-        """Open a connection."""
-        return Conversation(self.address, self.timeout, *self._marks)
+class Server(Caller):
+    """A proxy that was reached at an address; each method is a row."""
 
     # -- login --
 
@@ -212,18 +204,11 @@ class Server:
 
     def connect(self, target: Address) -> Seen:
         """CONNECT to `target` by our own handshake, of whatever kind; any answer shows that it is understood."""
-        return self._connect(target, self._handshake(CONNECT, _packed(target[0]), target[1]))
+        return self._connect(target, self.handshake(CONNECT, packed(target[0]), target[1]))
 
     def pipelined(self, target: Address) -> Seen:
         """The same by SOCKS5, with method, user and password, and request in one go: some servers hang then."""
-        handshake = SocksHandshake(
-            CONNECT,
-            _packed(target[0]),
-            target[1],
-            self.proxy.username or None,
-            self.proxy.password or None,
-            pipelined=True,
-        )
+        handshake = self.handshake(CONNECT, packed(target[0]), target[1], pipelined=True)
         _, seen = self._connect(target, handshake)
         return "works", f"in one go: {seen}"  # any answer shows it
 
@@ -233,7 +218,7 @@ class Server:
             talk.ask(handshake, what)
         if not handshake.reply:
             return "works", f"{what}: connected"
-        return _judged(handshake.reply), f"{what}: {REPLY_TEXT.get(handshake.reply, f'REP {handshake.reply:02x}')}"
+        return _judged(handshake.reply), f"{what}: {self.reply_text(handshake.reply)}"
 
     def connect_by_pysocks(self, target: Address) -> Seen:
         """CONNECT to `target` by PySocks; an answer with a reply code shows that the request is understood."""
@@ -272,7 +257,7 @@ class Server:
         code = _reply_code(inner.msg) if isinstance(inner, socks.SOCKS5Error) else None
         if code is None:
             raise ProbeError(f"CONNECT {where}: {inner.msg}")
-        return _judged(code), f"CONNECT {where}: {reply_text(code)}"
+        return _judged(code), f"CONNECT {where}: {self.reply_text(code)}"
 
     # -- UDP --
 
@@ -284,31 +269,22 @@ class Server:
         return "works", f"relay at {shown(told)}{note}"
 
     def _associate(self, talk: Conversation, udp_address: str) -> tuple[Address, Address]:
-        told = self.command(talk, UDP_ASSOCIATE, "UDP ASSOCIATE")
-        return told, (_relay(told[0], self.address[0], udp_address), told[1])
-
-    def command(self, talk: Conversation, command: int, what: str) -> Address:
-        """Log in and ask for a command that takes zeros; return BND. ProbeError: refused."""
-        self._log_in(talk)
-        # Zeros of the control connection's family: "from anywhere" (RFC 1928, section 7); dante refuses :: on IPv4.
-        zeros = b"\x04" + bytes(18) if self.family == socket.AF_INET6 else b"\x01" + bytes(6)
-        talk.send(b"\x05" + command.to_bytes() + b"\x00" + zeros)
-        head = talk.receive(4, f"the answer to {what}")
-        if head[0] != 5:
-            raise ProbeError(f"answered {head.hex(' ')} to {what}")
-        if head[1] != 0:
-            raise ProbeError(f"{what}: {reply_text(head[1])}")
-        return talk.receive_address(head[3])
+        handshake = self.handshake(UDP_ASSOCIATE, self.zeros, 0)
+        self.granted(talk, handshake, "UDP ASSOCIATE")
+        assert handshake.bound is not None
+        host, port = handshake.bound
+        told = host if isinstance(host, str) else str(ipaddress.ip_address(host))
+        return (told, port), (_relay(told, self.address[0], udp_address), port)
 
     def ask_dns(self, resolver: str, udp_address: str) -> Seen:
         """Send one DNS query through an association of its own and wait for the answer."""
         query_id, query = dns_query()
-        header = write_datagram_header(_packed(resolver), 53)
+        header = write_datagram_header(packed(resolver), DNS_PORT)
         with self.talk() as talk:
             _, relay = self._associate(talk, udp_address)
             family = socket.AF_INET6 if ":" in relay[0] else socket.AF_INET
             with socket.socket(family, socket.SOCK_DGRAM) as datagrams:
-                mark(datagrams, *self._marks)
+                mark(datagrams, *self.marks)
                 datagrams.connect(relay)
                 datagrams.send(header + query)
                 datagrams.settimeout(talk.left())
@@ -325,43 +301,10 @@ def _judged(code: int) -> Result:
     return "fails" if code in _NOT_UNDERSTOOD or code not in REPLY_TEXT else "understood"
 
 
-def reply_text(code: int) -> str:
-    """Return a REP code and what it means."""
-    return f"REP {code:02x}, {REPLY_TEXT.get(code, 'not a code of RFC 1928')}"
-
-
 def shown(address: Address) -> str:
     """Return an address as people write it."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def dns_query() -> tuple[int, bytes]:
-    """Return the id and the bytes of a query that every resolver can answer."""
-    query = dpkt.dns.DNS(id=int.from_bytes(_QUESTION.encode()[:2], "big"), op=dpkt.dns.DNS_RD)
-    query.qd = [dpkt.dns.DNS.Q(name=_QUESTION, type=dpkt.dns.DNS_A)]
-    return query.id, bytes(query)
-
-
-def dns_answer(datagram: bytes, query_id: int, resolver: str) -> str:
-    """Say what a SOCKS datagram answers to the query. ProbeError: it does not."""
-    length = datagram_header_length(datagram)
-    if not length or len(datagram) <= length:
-        raise ProbeError(f"the relay answered {len(datagram)} bytes that are no SOCKS datagram")
-    try:
-        message = dpkt.dns.DNS(datagram[length:])
-    except (dpkt.UnpackError, IndexError, UnicodeError):
-        raise ProbeError("the answer through the relay is no DNS message") from None
-    if message.id != query_id or message.qr != dpkt.dns.DNS_R:
-        raise ProbeError("the answer through the relay belongs to another question")
-    return f"DNS answer from {resolver}: {len(message.an)} records, code {message.rcode}"
-
-
-def _packed(host: str) -> Host:
-    try:
-        return ipaddress.ip_address(host).packed
-    except ValueError:
-        return host
 
 
 def _end(client: socket.socket, ended: threading.Event) -> None:

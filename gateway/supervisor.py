@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from setproctitle import setproctitle
 
+from gateway.abilities import DEFAULT_RESOLVER, AbilityProbe, find_abilities
 from gateway.config import Config, control_path
 from gateway.control import AlreadyRunning, ControlError, ControlServer
 from gateway.cpus import usable_cpus
@@ -39,6 +40,7 @@ from gateway.settings import has_ipv6, proxy_name, settings_from
 from gateway.tree import ProcessTree, printable
 from ipc.channel import Channel, ChannelClosed, Message
 from ipc.memory import SharedMemory
+from workers.socks import modes
 
 log = logging.getLogger("ringway")
 
@@ -73,9 +75,10 @@ class Supervisor:
         self._rights = Rights()
         self._lookup: NameLookup | None = None
         self._probe: ProxyProbe | None = None
+        self._abilities: AbilityProbe | None = None
         self._health: ProxyHealth
         #: whose descriptors no child may keep
-        self._private: list[EventLoop | ControlServer | NameLookup | ProxyProbe | ProcessTree] = []
+        self._private: list[EventLoop | ControlServer | NameLookup | ProxyProbe | AbilityProbe | ProcessTree] = []
         self._ipv6 = False
 
     def run(self) -> int:
@@ -95,7 +98,7 @@ class Supervisor:
             self._private.append(loop)
             # From now on a signal is noted; the loop acts on it when it runs.
             loop.catch(SIGNALS, self._signalled)
-            self._health = ProxyHealth(loop, proxy_name(self._proxy))
+            self._health = ProxyHealth(loop, proxy_name(self._proxy), self._ask_abilities)
             self._device = open_device(config.device, mtu=config.mtu, offloads=config.offloads)
             undo.callback(self._device.close)
             self._open_control(undo)
@@ -139,6 +142,26 @@ class Supervisor:
         undo.callback(lookup.close)
         self._lookup = lookup
         lookup.begin()
+        udp = config.udp_mode == modes.AUTO and proxy.scheme in modes.DIALECTS_OF
+        if udp:
+            abilities = AbilityProbe(
+                self._loop,
+                self._fork_probe,
+                lambda: find_abilities(
+                    proxy,
+                    lookup.addresses,
+                    timeout=config.connect_timeout,
+                    resolver=next(iter(config.tun_dns), DEFAULT_RESOLVER),
+                    udp=udp,
+                    pipelined=False,
+                    fwmark=config.fwmark,
+                    interface=config.interface,
+                ),
+                self._found_abilities,
+            )
+            self._private.append(abilities)
+            undo.callback(abilities.close)
+            self._abilities = abilities
 
     def _configure_device(self) -> None:
         """Give a device that we made its addresses, in a child: netlink's library would stay in memory for ever."""
@@ -229,6 +252,7 @@ class Supervisor:
         # Without an address the lookup has warned, and the probe follows when there is one.
         if self._probe is not None and self._lookup is not None and self._lookup.addresses:
             self._probe.start()
+            self._ask_abilities()
 
     def _signalled(self, number: signal.Signals) -> None:
         if number not in STOP_SIGNALS:
@@ -247,6 +271,10 @@ class Supervisor:
             self._health.is_up()
         elif event == "proxy-error":
             self._health.answers_wrong(printable(message.get("text", "")))
+        elif event == "udp-failed" and self._abilities is not None:
+            self._abilities.refused()
+        elif event == "udp-found":
+            self._found_abilities(message)
 
     def _watch_device(self) -> None:
         """Look now and then: to wait for its end in epoll would make each of its packets a little slower."""
@@ -264,10 +292,26 @@ class Supervisor:
 
     def _new_addresses(self, addresses: Addresses) -> None:
         self._setup = replace(self._setup, settings=replace(self._setup.settings, proxy_addresses=addresses))
-        receivers = tuple(process.role.name for process in self._tree.processes if process.role.keeps_upstream_rights)
-        self._tree.broadcast({"do": "proxy-addresses", "addresses": [list(each) for each in addresses]}, receivers)
+        self._tell_workers({"do": "proxy-addresses", "addresses": [list(each) for each in addresses]})
         if self._probe is not None:
             self._probe.start()
+        self._ask_abilities()
+
+    def _ask_abilities(self) -> None:
+        if self._abilities is not None:
+            self._abilities.start()
+
+    def _found_abilities(self, found: Message) -> None:
+        settings = self._setup.settings
+        udp = str(found["udp"])
+        if udp != settings.udp_found:
+            log.info("datagrams go to the proxy %s", modes.WORDS.get(udp, udp))
+        self._setup = replace(self._setup, settings=replace(settings, udp_found=udp))
+        self._tell_workers({"do": "proxy-abilities", "udp": udp})
+
+    def _tell_workers(self, message: Message) -> None:
+        receivers = tuple(process.role.name for process in self._tree.processes if process.role.keeps_upstream_rights)
+        self._tree.broadcast(message, receivers)
 
     def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         command = request.get("command")
@@ -276,6 +320,7 @@ class Supervisor:
         return status(
             device=self._device,
             proxy=str(self._proxy),
+            udp={"mode": self.config.udp_mode, "found": self._setup.settings.udp_found},
             placement=self.config.placement,
             started_at=self._started_at,
             processes=self._tree.processes,
@@ -300,12 +345,16 @@ class Supervisor:
             keep=self._rights.upstream if role.keeps_upstream_rights else frozenset(),
         )
 
-    def _fork_helper(self, label: str, main: Callable[[Channel], None]) -> Child:
+    def _fork_helper(self, label: str, main: Callable[[Channel], None], keep: frozenset[int] = frozenset()) -> Child:
         def let_go() -> None:
             self._let_go()
             os.close(self._device.fileno())
 
-        return fork_child(label, main, let_go=let_go, identity=self._rights.identity)
+        return fork_child(label, main, let_go=let_go, identity=self._rights.identity, keep=keep)
+
+    def _fork_probe(self, label: str, main: Callable[[Channel], None]) -> Child:
+        """Fork a child whose sockets leave as the workers' do."""
+        return self._fork_helper(label, main, self._rights.upstream)
 
     def _clear(self, process: Process) -> None:
         shared, role = self._setup.shared, process.role

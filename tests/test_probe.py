@@ -14,7 +14,7 @@ import pytest
 
 from gateway.__main__ import main
 from gateway.cli.check import missing_of
-from gateway.probe import Finding, probe
+from gateway.probe import Finding, best_mode, probe
 from gateway.proxyurl import ProxyUrl, parse_proxy
 from tests.peers import need
 
@@ -95,6 +95,14 @@ def results(findings: list[Finding]) -> dict[str, str]:
     return {finding.name: finding.result for finding in findings}
 
 
+DIALECTS = ("udp-gost", "udp-hev", "udp-uot", "udp-gost-v1")
+
+
+def plain(findings: list[Finding]) -> dict[str, str]:
+    """Return the results without those of UDP inside TCP."""
+    return {finding.name: finding.result for finding in findings if finding.name not in DIALECTS}
+
+
 def seen(findings: list[Finding], name: str) -> str:
     return next(finding.seen for finding in findings if finding.name == name)
 
@@ -123,7 +131,8 @@ def test_a_refusal_shows_that_connect_is_understood(code: int) -> None:
 def test_codes_that_say_no_to_the_command_itself(code: int) -> None:
     with server(answering(connect=bytes((code,)), associate=bytes((code,)))) as proxy:
         findings = probe(proxy, targets=[*LOOPBACK, ("::1", 9), ("name.invalid", 9)], timeout=TIMEOUT)
-    assert [finding.result for finding in findings] == ["works", "works", *["fails"] * 4, "works"]
+    assert list(plain(findings).values()) == ["works", "works", *["fails"] * 4, "works"]
+    assert {name: results(findings)[name] for name in DIALECTS} == dict.fromkeys(DIALECTS, "fails")
     assert f"REP {code:02x}" in seen(findings, "udp-associate")
 
 
@@ -252,7 +261,7 @@ def test_dns_through_a_relay_wherever_it_is_told_to_be(host: str, told: str) -> 
         ] + port
         with server(answering(associate=b"\0", address=address), host) as proxy:
             findings = probe(proxy, targets=LOOPBACK, resolvers=["192.0.2.53"], timeout=TIMEOUT)
-    assert results(findings) | {"connect-ipv4": "works"} == dict.fromkeys(
+    assert plain(findings) | {"connect-ipv4": "works"} == dict.fromkeys(
         ("proxy", "login", "connect-ipv4", "udp-associate", "udp-ipv4", "udp-ipv6", "pipelined"), "works"
     )
     assert "datagrams go to" in seen(findings, "udp-associate")
@@ -311,7 +320,7 @@ def test_http(answer: bytes, result: str, sentence: str) -> None:
 
     with server(script) as proxy:
         findings = probe(ProxyUrl("http", proxy.host, proxy.port), targets=LOOPBACK, timeout=TIMEOUT)
-    assert results(findings) == {"proxy": "works", "connect-ipv4": result}
+    assert plain(findings) == {"proxy": "works", "connect-ipv4": result}
     assert sentence in seen(findings, "connect-ipv4")
 
 
@@ -331,6 +340,82 @@ def test_socks4() -> None:
     }
 
 
+# -- UDP inside TCP --
+
+
+@pytest.mark.parametrize(
+    ("rows", "mode"),
+    [
+        ({"udp-associate": "works"}, "udp"),
+        ({"udp-associate": "works", "udp-ipv4": "works", "udp-gost-v1": "works", "udp-gost": "works"}, "udp"),
+        ({"udp-associate": "works", "udp-ipv4": "unknown", "udp-gost-v1": "works"}, "gost-v1"),
+        ({"udp-associate": "fails", "udp-hev": "works", "udp-uot": "works"}, "hev"),
+        ({"udp-uot": "works"}, "uot"),
+        ({"udp-uot": "unknown"}, "none"),
+    ],
+)
+def test_the_mode_that_auto_comes_to(rows: dict[str, str], mode: str) -> None:
+    assert best_mode(rows) == mode
+
+
+def granting(command: int, frames: Callable[[socket.socket], None]) -> Script:
+    """Make a server that knows one command beside CONNECT."""
+
+    def script(connection: socket.socket) -> None:
+        greeting(connection)
+        known = request(connection) == command
+        connection.sendall(b"\x05" + (b"\0" if known else b"\x07") + b"\0\x01\0\0\0\0\0\0")
+        if known:
+            frames(connection)
+
+    return script
+
+
+def silent_tunnel(connection: socket.socket) -> None:
+    connection.recv(1000)
+    connection.recv(1000)
+
+
+def answering_tunnel(connection: socket.socket) -> None:
+    frame = connection.recv(1000)
+    message = dpkt.dns.DNS(frame[10:])
+    message.qr = dpkt.dns.DNS_R
+    answer = bytes(message)
+    connection.sendall(len(answer).to_bytes(2, "big") + frame[2:10] + answer[:5])
+    connection.sendall(answer[5:])
+    connection.recv(1)
+
+
+def broken_tunnel(connection: socket.socket) -> None:
+    connection.recv(1000)
+    connection.sendall(b"\0\x05\x09\x09\x09")
+    connection.recv(1)
+
+
+@pytest.mark.parametrize("command", [5, 0xF3])
+@pytest.mark.parametrize(
+    ("frames", "result", "sentence"),
+    [
+        (silent_tunnel, "works", "was granted; a query to 192.0.2.53 got no answer"),
+        (answering_tunnel, "works", "DNS answer from 192.0.2.53: 0 records, code 0"),
+        (broken_tunnel, "fails", "was granted, but then: address type 0x09"),
+    ],
+)
+def test_dialects(command: int, frames: Script, result: str, sentence: str) -> None:
+    name = {5: "udp-hev", 0xF3: "udp-gost"}[command]
+    with server(granting(command, frames)) as proxy:
+        findings = probe(proxy, targets=LOOPBACK, resolvers=["192.0.2.53"], timeout=TIMEOUT)
+    assert results(findings)[name] == result
+    assert sentence in seen(findings, name)
+    assert {results(findings)[other] for other in DIALECTS if other != name} == {"fails"}
+
+
+def test_a_connect_that_is_granted_proves_no_uot() -> None:
+    with server(granting(1, silent_tunnel)) as proxy:
+        findings = probe(proxy, targets=LOOPBACK, resolvers=["192.0.2.53"], timeout=TIMEOUT)
+    assert results(findings)["udp-uot"] == "unknown"
+
+
 # -- what is needed --
 
 
@@ -343,7 +428,8 @@ def test_what_is_missing() -> None:
     tcp = [*base, finding("connect-ipv4", "understood"), finding("udp-associate", "fails")]
     assert missing_of(tcp, (), must_connect=False, direct=False) == []
     assert missing_of(tcp, (), must_connect=True, direct=False) == ["connect-ipv6", "connect-ipv4"]
-    assert missing_of(tcp, ("udp", "ipv6"), must_connect=False, direct=False) == ["udp-associate", "connect-ipv6"]
+    assert missing_of(tcp, ("udp", "ipv6"), must_connect=False, direct=False) == ["udp", "connect-ipv6"]
+    assert missing_of([*tcp, finding("udp-hev", "works")], ("udp",), must_connect=False, direct=False) == []
     assert missing_of(base, (), must_connect=False, direct=False) == ["connect"]
     assert missing_of([finding("proxy", "fails")], ("udp",), must_connect=False, direct=False) == ["proxy"]
     assert missing_of([finding("proxy", "works")], ("udp",), must_connect=False, direct=True) == []
@@ -355,12 +441,11 @@ def test_check_in_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> Non
         arguments = ["check", "-proxy", where, "--timeout", "1", "--json"]
         assert main([*arguments, "--require", "udp"]) == 1
         answer = json.loads(capsys.readouterr().out)
-        assert answer["missing"] == ["udp-associate"] and answer["ok"] is False
+        assert answer["missing"] == ["udp"] and answer["ok"] is False
         assert answer["proxy"] == f"socks5://{where}" and answer["config"]["mtu"] == 1500
-        assert [check["result"] for check in answer["checks"]] == ["works"] * 2 + ["understood"] * 3 + [
-            "fails",
-            "works",
-        ]
+        checked = [check["result"] for check in answer["checks"] if check["name"] not in DIALECTS]
+        assert checked == ["works"] * 2 + ["understood"] * 3 + ["fails", "works"]
+        assert answer["udp"] == "none"
         assert main(["check", "-proxy", where, "--timeout", "1"]) == 0
         text = capsys.readouterr().out
         assert "connect-name" in text and "REP 05" in text and "What is needed works." in text
@@ -405,7 +490,7 @@ def test_microsocks() -> None:
     with started([need("microsocks"), "-i", "127.0.0.1", "-p", str(port), "-u", "user", "-P", "pass"], port):
         right = probe(ProxyUrl("socks5", "127.0.0.1", port, "user", "pass"), targets=[("127.0.0.1", port)], timeout=3)
         wrong = probe(ProxyUrl("socks5", "127.0.0.1", port, "user", "guess"), targets=LOOPBACK, timeout=3)
-    assert results(right) == {
+    assert plain(right) == {
         "proxy": "works",
         "login": "works",
         "connect-ipv4": "works",

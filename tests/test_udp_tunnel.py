@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.shard import CLIENT6, Shard, datagrams, udp_packet, unreachable
 from tests.socksproxy import Proxy
 from workers import counts
-from workers.udp import Udp, modes
+from workers.socks import modes
+from workers.udp import Udp
 from workers.udp.tunnel import MAX_UNSENT
 
 TARGET4 = b"\x08\x08\x08\x08"
@@ -219,3 +220,19 @@ def test_uot_through_an_http_proxy_needs_nothing_but_connect():
         assert control.recv(1000).endswith(b"hi")
         control.close()
     shard.close()
+
+
+def test_gost_1_grants_an_association_and_answers_inside_tcp():
+    shard = make(udp_mode=modes.AUTO)
+    shard.receive(udp_packet(b"hi"))
+    shard.run_until(lambda: shard.proxy.datagrams)
+    [control] = shard.proxy.clients
+    # What came to its port goes to the client of the connection, from wherever it came.
+    control.send(b"\x00\x0c\x00\x01\x7f\x00\x00\x01\x12\x34" + bytes(12))
+    shard.run_until(lambda: not shard.counted(counts.UDP_ASSOCIATIONS))
+    assert shard.events == [{"event": "udp-found", "udp": "gost-v1"}]
+    shard.receive(udp_packet(b"hi"))
+    shard.run_until(lambda: shard.proxy.stream)
+    assert shard.proxy.stream == bytes.fromhex(f"0002 00 {V4} 6869")
+    assert len(shard.proxy.datagrams) == 1
+    end(shard)

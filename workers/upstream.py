@@ -23,7 +23,7 @@ class Upstream:
     """Makes sockets with the mark and interface of the configuration, and knows which proxy address is in use."""
 
     def __init__(self, settings: Settings, report: Callable[[dict[str, str]], None]) -> None:
-        """`report` takes the events proxy-down, proxy-up, proxy-error and udp-failed for the supervisor."""
+        """`report` takes the events proxy-down, proxy-up, proxy-error, udp-failed and udp-found for the supervisor."""
         scheme = settings.scheme
         self.direct = scheme == "direct"
         self.rejects = scheme == "reject"  #: everything is refused, nobody is asked
@@ -82,9 +82,9 @@ class Upstream:
             self._is_down = False
             self._report({"event": "proxy-up"})
 
-    def udp_failed(self) -> None:
-        """Note that the proxy was asked in vain to carry datagrams."""
-        self._report({"event": "udp-failed"})
+    def udp_learned(self, mode: str) -> None:
+        """Report what was learned of datagrams: a mode, or "" when the proxy was asked for them in vain."""
+        self._report({"event": "udp-found", "udp": mode} if mode else {"event": "udp-failed"})
 
     def broken(self, error: ProtocolError) -> bool:
         """Report what the proxy answered that is no answer, each kind once in a row; True: it refuses us."""

@@ -9,7 +9,9 @@ import click
 from gateway.cli.options import ConfiguredCommand, configuration, configuration_options
 from gateway.config import Config, ConfigError, parse_proxy
 from gateway.conversation import Address
-from gateway.probe import Finding, probe
+from gateway.probe import Finding, best_mode, probe
+from gateway.proxyurl import WITHOUT_PROXY
+from workers.socks import modes
 
 _MARKS: Final = {
     "works": "[green]works[/]",
@@ -21,7 +23,6 @@ _REQUIRABLE: Final = {
     "ipv4": ("connect-ipv4",),
     "ipv6": ("connect-ipv6",),
     "name": ("connect-name",),
-    "udp": ("udp-associate",),
 }
 
 
@@ -36,7 +37,7 @@ _REQUIRABLE: Final = {
 @click.option(
     "--require",
     "required",
-    type=click.Choice(list(_REQUIRABLE)),
+    type=click.Choice([*_REQUIRABLE, "udp"]),
     multiple=True,
     help="What must work beside TCP, for exit code 0; may be given again.",
 )
@@ -65,7 +66,7 @@ def command(
     findings = probe(
         proxy, targets=addresses, resolvers=config.tun_dns, udp_address=config.udp_address, timeout=timeout
     )
-    missing = missing_of(findings, required, must_connect=bool(targets), direct=proxy.scheme == "direct")
+    missing = missing_of(findings, required, must_connect=bool(targets), direct=proxy.scheme in WITHOUT_PROXY)
     if as_json:
         _print_json(config, findings, missing)
     else:
@@ -85,8 +86,16 @@ def missing_of(findings: list[Finding], required: tuple[str, ...], *, must_conne
     elif not any(finding.name in good for finding in connects):
         missing.append("connect")
     for what in required:
-        missing += [name for name in _REQUIRABLE[what] if name not in good and name not in missing]
+        if what == "udp":
+            missing += ["udp"] if udp_mode_of(findings) == modes.NONE else []
+        else:
+            missing += [name for name in _REQUIRABLE[what] if name not in good and name not in missing]
     return missing
+
+
+def udp_mode_of(findings: list[Finding]) -> str:
+    """Return the mode that udp-mode auto comes to."""
+    return best_mode({finding.name: finding.result for finding in findings})
 
 
 def _target(text: str) -> Address:
@@ -105,6 +114,7 @@ def _print_json(config: Config, findings: list[Finding], missing: list[str]) -> 
         "missing": missing,
         "proxy": str(parse_proxy(config.proxy)),
         "config": config.public(),
+        "udp": udp_mode_of(findings),
         "checks": [finding._asdict() for finding in findings],
     }
     json.dump(answer, sys.stdout, indent=2, ensure_ascii=False)
@@ -127,10 +137,8 @@ def _print_table(proxy: str, findings: list[Finding], missing: list[str]) -> Non
         table.add_row(finding.name, _MARKS[finding.result], escape(finding.seen), f"{finding.milliseconds:.0f}")
     console = Console(soft_wrap=False)
     console.print(table)
-    by_name = {finding.name: finding for finding in findings}
-    udp = by_name.get("udp-associate")
-    if udp is not None and udp.result == "fails":
-        console.print("Without UDP ASSOCIATE, datagrams are refused; DNS goes over TCP through the proxy.")
+    if any(finding.name.startswith("connect-") for finding in findings):
+        console.print(f"With udp-mode auto, datagrams go {modes.WORDS[udp_mode_of(findings)]}.")
     if missing:
         console.print(f"[red]Needed, and does not work:[/] {', '.join(missing)}")
     else:

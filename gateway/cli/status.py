@@ -10,6 +10,7 @@ import click
 
 from gateway.config import ConfigError
 from gateway.status import StatusError, ask, counters_set, rates, running_instances, traffic
+from workers.socks import modes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,6 +73,11 @@ def _print_tables(path: Path, status: dict[str, Any], speed: dict[str, float]) -
         f"{escape(where)}  ({escape(how)})",
         soft_wrap=True,
     )
+
+    udp = status.get("udp") or {}
+    mode = str(udp.get("found") or udp.get("mode") or "?")
+    if mode in modes.WORDS:
+        console.print(f"datagrams go to the proxy {modes.WORDS[mode]}", soft_wrap=True)
 
     processes = _table("process", "shard", "pid", "state", "restarts", "CPU s", "PSS")
     for one in status.get("processes") or []:

@@ -9,11 +9,14 @@ from tests.netns.dns import ANSWER4, ANSWER6, LARGE, NameServer
 from tests.netns.peers import (
     DANTE,
     EMBEDDED,
+    MICROSOCKS,
     MICROSOCKS_PASSWORD,
     OTHER_KINDS,
     REAL,
     SHADOWSOCKS,
+    SSH,
     TINYPROXY,
+    V2RAY_HTTP,
     Peer,
     RunningPeer,
     require,
@@ -226,3 +229,24 @@ def test_datagrams_inside_tcp(world: World, mode: str) -> None:
         assert names.asked["udp"] == 1 and not names.asked["tcp"]
         counters = ringway.counters()
         assert counters["udp_opened"] >= 3 and not counters.get("dns_over_tcp_queries")
+
+
+@pytest.mark.parametrize("peer", [EMBEDDED, MICROSOCKS, SSH, V2RAY_HTTP], ids=lambda peer: peer.name)
+def test_what_auto_finds_is_said_once_and_shown(world: World, peer: Peer) -> None:
+    require(peer)
+    found = "udp" if peer.udp else "none"
+    with (
+        RunningPeer(peer, world.net) as server,
+        UdpTarget(world.net) as target,
+        Ringway(world, "-p", server.url) as ringway,
+    ):
+        eventually(lambda: ringway.status()["udp"]["found"], "the probe is done", 15)
+        assert ringway.status()["udp"] == {"mode": "auto", "found": found}
+        if found == "udp":
+            udp_echo(world.gw, TARGET4, target.port)
+        else:
+            with pytest.raises(ConnectionRefusedError):
+                udp_echo(world.gw, TARGET4, target.port)
+        said = "by UDP ASSOCIATE" if found == "udp" else "not at all: DNS goes over TCP, the rest is refused"
+        assert ringway.log().count(f"datagrams go to the proxy {said}") == 1
+        assert f"datagrams go to the proxy {said}" in ringway.status_command().stdout

@@ -256,7 +256,9 @@ class Association:
             self._fail(udp.availability.is_down(now), now)
 
     def received(self, data: bytes, now: float) -> None:
-        """Ignore bytes on the control connection: RFC 1928 has none there."""
+        """Take bytes on the control connection: RFC 1928 has none there, gost 1 has all datagrams."""
+        if self._udp.availability.is_gost1(data):
+            self._end(now)
 
     def _fail(self, code: int, now: float) -> None:
         """Close, and have what waits answered as a host or router would."""

@@ -6,8 +6,9 @@ from math import inf
 from typing import Final
 
 from workers.icmp import ADMIN, HOST, NET, PORT
+from workers.socks import modes
+from workers.socks.framing import GostFraming
 from workers.socks.wire import COMMAND_NOT_SUPPORTED, HOST_UNREACHABLE, NETWORK_UNREACHABLE, NOT_ALLOWED
-from workers.udp import modes
 
 NO_UDP_TIMEOUT: Final = 60.0  #: seconds for which a proxy without UDP is not asked again
 REFUSED_TIMEOUT: Final = 5.0  #: the same after another refusal
@@ -21,18 +22,18 @@ _REFUSALS: Final = {NOT_ALLOWED: ADMIN, NETWORK_UNREACHABLE: NET, HOST_UNREACHAB
 class Availability:
     """What was learned last; a code is one of workers.icmp, or DOWN."""
 
-    __slots__ = ("_associates", "_code", "_failed", "_is_auto", "_probe_timeout", "_until", "mode")
+    __slots__ = ("_associates", "_code", "_is_auto", "_probe_timeout", "_report", "_until", "mode")
 
     def __init__(
-        self, probe_timeout: float, mode: str, found: str, associates: bool, failed: Callable[[], None]
+        self, probe_timeout: float, mode: str, found: str, associates: bool, report: Callable[[str], None]
     ) -> None:
         """`probe_timeout`: seconds that an attempt to associate takes at most. `mode` is the key udp-mode, `found` what
-        a probe has found for it. `associates`: the proxy is of a kind that can be asked for UDP ASSOCIATE. `failed` is
-        called when it was asked in vain, so that somebody may probe again.
+        a probe has found for it. `associates`: the proxy is of a kind that can be asked for UDP ASSOCIATE. `report` is
+        called with what was learned for auto: a mode, or "" when it was asked in vain and somebody may probe again.
         """
         self._probe_timeout = probe_timeout
         self._associates = associates
-        self._failed = failed
+        self._report = report
         self._is_auto = mode == modes.AUTO
         self._until = 0.0  # until then nobody asks; 0: the proxy has UDP, or nothing is known
         self._code = DOWN
@@ -49,6 +50,15 @@ class Availability:
         if self.mode == modes.UDP and not self._associates:
             self._until = inf
             self._code = PORT
+
+    def is_gost1(self, data: bytes) -> bool:
+        """Look whether bytes on the control connection of an association are frames: gost 1 grants that, too."""
+        if not self._is_auto or not GostFraming().receive(data):
+            return False
+        if self.mode != modes.GOST1:
+            self.use(modes.GOST1)
+            self._report(modes.GOST1)
+        return True
 
     def other_gost(self, mode: str) -> bool:
         """Note that gost's server is not of this version; False: there is no other one to be tried."""
@@ -91,5 +101,5 @@ class Availability:
         self._until = until
         self._code = code
         if self._is_auto and code != DOWN:
-            self._failed()
+            self._report("")
         return code

@@ -18,7 +18,7 @@ from workers.icmp import ADMIN, HOST, NET, PORT
 from workers.proxyconnection import proxy_unreachable
 from workers.public import is_public
 from workers.settings import ADDRESS_PORT
-from workers.udp import modes
+from workers.socks import modes
 from workers.udp.answers import Answers
 from workers.udp.association import CLOSED, READY, Association
 from workers.udp.availability import DOWN, Availability
@@ -78,7 +78,7 @@ class Udp:
             settings.udp_mode,
             settings.udp_found,
             upstream.direct or upstream.associates,
-            upstream.udp_failed,
+            upstream.udp_learned,
         )
 
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────

@@ -17,21 +17,12 @@ from typing import Final
 
 from workers import counts, proxyconnection
 from workers.proxyconnection import ProxyConnection
-from workers.socks.framing import GOST_UDP, HEV_UDP, UOT2_NAME, Framing, GostFraming, HevFraming, Uot2Framing
-from workers.socks.wire import CONNECT, IPV4, UDP_ASSOCIATE, Host, ProtocolError, Readable
-from workers.udp import modes
+from workers.socks import modes
+from workers.socks.wire import IPV4, Host, ProtocolError, Readable
 from workers.udp.association import READY, Association
 
 MAX_UNSENT: Final = 64 * 1024  #: octets of frames that wait behind the kernel's own buffer
 STALLED: Final = EXFULL  #: errno of a datagram that the tunnel has no room for
-
-#: mode → command, name to CONNECT to (or zeros), frames
-_DIALECTS: Final[dict[str, tuple[int, Host, type[Framing]]]] = {
-    modes.GOST: (GOST_UDP, b"", GostFraming),
-    modes.GOST1: (UDP_ASSOCIATE, b"", GostFraming),
-    modes.HEV: (HEV_UDP, b"", HevFraming),
-    modes.UOT: (CONNECT, UOT2_NAME, Uot2Framing),
-}
 
 
 class Tunnel(Association):
@@ -44,10 +35,10 @@ class Tunnel(Association):
         udp = self._udp
         worker = udp.worker
         self._mode = udp.availability.mode
-        command, host, framing = _DIALECTS[self._mode]
+        command, name, framing = modes.REQUESTS[self._mode]
         self._framing = framing()
         self._arrived: deque[bytes] = deque()  # datagrams that Answers has not taken yet
-        self._control = ProxyConnection(worker, self, command, host, 0)
+        self._control = ProxyConnection(worker, self, command, name or b"", 0)
         self._wake(self._started_at + worker.settings.connect_timeout)
 
     def connected(self, bound: tuple[Host, int], now: float) -> None:
