@@ -54,6 +54,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     max_associations: int = 4096
     udp_mapping: Literal["endpoint-independent", "address-port"] = "endpoint-independent"  # RFC 4787, REQ-1
     udp_filtering: Literal["endpoint-independent", "address", "address-port"] = "endpoint-independent"  # REQ-8
+    udp_warm: int = 1
     block_quic: bool = False
     udp_mode: Literal["auto", "udp", "gost", "hev", "uot"] = "auto"
     udp_address: str = "auto"

@@ -367,6 +367,13 @@ KEYS: Final[tuple[Key, ...]] = (
         "KIND",
     ),
     Key(
+        "udp-warm",
+        "UDP associations that stand ready in each worker, so that a new client does not wait for the proxy; each "
+        "costs it an idle connection, and one handshake per udp-timeout.",
+        *_whole(0, 64),
+        "N",
+    ),
+    Key(
         "block-quic",
         "Answer UDP to port 443 with port unreachable, so that browsers use TCP.",
         _BOOLEAN_ALLOWED,

@@ -45,6 +45,7 @@ def settings_from(config: "Config", mtu: int, addresses: list[tuple[str, int]]) 
         max_associations=config.max_associations,
         udp_mapping=config.udp_mapping,
         udp_filtering=config.udp_filtering,
+        udp_warm=config.udp_warm,
         block_quic=config.block_quic,
         udp_mode=config.udp_mode,
         udp_address=config.udp_address,

@@ -72,6 +72,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "max-associations": 12,
         "udp-mapping": "address-port",
         "udp-filtering": "address-port",
+        "udp-warm": 3,
         "block-quic": True,
         "udp-mode": "udp",
         "udp-address": "as-told",

@@ -64,6 +64,7 @@ PROXY_AUTH_FAILED: Final = _counter("proxy_auth_failed")
 # UDP
 UDP_ASSOCIATIONS: Final = _counter("udp_associations")  #: gauge
 UDP_OPENED: Final = _counter("udp_opened")
+UDP_WARM_TAKEN: Final = _counter("udp_warm_taken")  #: associations that stood ready for a new client
 UDP_DATAGRAMS_UP: Final = _counter("udp_datagrams_up")
 UDP_DATAGRAMS_DOWN: Final = _counter("udp_datagrams_down")
 UDP_IDLE_TIMEOUTS: Final = _counter("udp_idle_timeouts")
@@ -85,7 +86,10 @@ UDP_DROPPED_MULTICAST: Final = _counter("udp_dropped_multicast")  #: no proxy ta
 UDP_DROPPED_TOO_BIG: Final = _counter("udp_dropped_too_big")
 UDP_GSO_REFUSED: Final = _counter("udp_gso_refused")  #: sockets whose path takes no UDP_SEGMENT
 
-# DNS over TCP
+# DNS
+DNS_QUERIES: Final = _counter("dns_queries")  #: that share an association
+DNS_UNANSWERED: Final = _counter("dns_unanswered")  #: of them, those given up
+DNS_UNASKED: Final = _counter("dns_unasked")  #: answers that nobody waits for: late, doubled or forged
 DNS_OVER_TCP_QUERIES: Final = _counter("dns_over_tcp_queries")
 DNS_OVER_TCP_FAILED: Final = _counter("dns_over_tcp_failed")
 

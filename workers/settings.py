@@ -35,6 +35,7 @@ class Settings:
     max_associations: int = 4096  #: UDP associations of one worker
     udp_mapping: str = ENDPOINT_INDEPENDENT  #: what shares a mapping: all of a client socket, or one destination's
     udp_filtering: str = ENDPOINT_INDEPENDENT  #: who may answer: anybody, ADDRESS or ADDRESS_PORT that was sent to
+    udp_warm: int = 0  #: associations that stand ready in one worker
     block_quic: bool = False
     udp_mode: str = "auto"  #: how datagrams reach the proxy: one of workers.udp.modes
     udp_found: str = ""  #: what a probe has found for auto; "" is nothing yet

@@ -30,7 +30,7 @@ MAX_OUTSTANDING: Final = 512  #: questions to one resolver that have no answer y
 MAX_RESOLVERS: Final = 64  #: that are asked at a time
 _OPCODE_AND_RD: Final = 0x7800 | DNS_RD
 
-Deliver = Callable[[bytes, bytes], bool]
+Deliver = Callable[[bytes, bytes], None]
 
 
 class Query:

@@ -11,6 +11,8 @@
 | Flow            | client socket and destination       | with its association, or when the table of flows is full |
 | DatagramHeaders | client socket and source of answers | with its association, or when its table is full          |
 
+DNS questions share one association (dns.py), unless the upstream is direct://.
+
 ¹ With udp-mapping address-port: for each flow.
 """
 

@@ -412,20 +412,8 @@ class Answers:
         if not isinstance(error, BlockingIOError):
             self._count[counts.UDP_DROPPED_SOCKET] += 1
 
-    def deliver(self, key: bytes, payload: bytes) -> bool:
-        """Send one datagram to the client of a flow, from the flow's destination; False: it does not fit the device."""
+    def deliver(self, key: bytes, payload: bytes) -> None:
+        """Send one datagram to the client of a flow, from the flow's destination."""
         source, source_port, destination, port = split_key(key)
-        headers = DatagramHeaders(destination, port, source, source_port, self._mtu)
-        if len(payload) > headers.max_payload:
-            return False
-        packet = headers.of(len(payload)) + payload
-        pool = self._port.small if len(packet) <= SMALL_SIZE else self._port.large
-        try:
-            frame = pool.take()
-        except IndexError:
-            self._count[counts.NO_FRAMES] += 1
-            return True
-        self._tx[frame : frame + len(packet)] = packet
-        self._transmit(frame, len(packet))
-        self._count[counts.UDP_DATAGRAMS_DOWN] += 1
-        return True
+        self._scratch[: len(payload)] = payload
+        self._send_one(DatagramHeaders(destination, port, source, source_port, self._mtu), 0, len(payload))

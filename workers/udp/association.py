@@ -11,6 +11,7 @@ While SETTING_UP, datagrams wait as copies, few of them. For direct:// there is 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from errno import EMFILE, ENFILE
 from functools import partial
 from math import inf
@@ -45,14 +46,20 @@ _ETHERNET: Final = 1500
 _SHORT_LIFE: Final = 1.0  # seconds; an association that the proxy ends so soon is not asked for again at once
 
 
+Receiver = Callable[["Association", int, float], None]  #: (association, event mask, now): answers wait
+Undelivered = Callable[["Flow", bytes, int, float], None]  #: (flow, payload, code, now): it found no association
+
+
 class Association:
     """One client socket: its upstream socket, its timers, and what Answers remembers of it."""
 
     __slots__ = (
         "_control",
+        "_receiver",
         "_socket",
         "_started_at",
         "_udp",
+        "_undelivered",
         "_waiting",
         "_waiting_octets",
         "_wake_at",
@@ -76,14 +83,25 @@ class Association:
         "socks_header",
         "sources",
         "state",
+        "waiting_most",
     )
 
-    def __init__(self, udp: Udp, key: bytes, client: bytes, now: float) -> None:
+    def __init__(
+        self,
+        udp: Udp,
+        key: bytes,
+        client: bytes,
+        now: float,
+        receiver: Receiver | None = None,
+        undelivered: Undelivered | None = None,
+    ) -> None:
         """Make one for the client socket `client`: packed address, then the port's two octets.
 
         `key` is its place in the table: the client, or (udp-mapping address-port) the key of its only flow.
         """
         self._udp = udp
+        self._receiver: Receiver = receiver or udp.answers.from_relay
+        self._undelivered: Undelivered = undelivered or udp.flow_undelivered
         self.key = key
         self.client = client
         self.is_connected = True  #: the socket has one peer: the proxy's relay, or the only destination
@@ -106,6 +124,7 @@ class Association:
         self._socket: socket.socket | None = None
         self._waiting: list[tuple[Flow, bytes]] = []
         self._waiting_octets = 0
+        self.waiting_most = WAITING_DATAGRAMS
         self._wake_at = inf  # when the timer is due that counts; others of ours may still fire, and are ignored
 
     # ── setting up ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -116,6 +135,24 @@ class Association:
         # Zeros as address and port: we do not know what the proxy will see, and servers enforce what they are told.
         self._control = ProxyConnection(worker, self, UDP_ASSOCIATE, b"", 0)
         self._wake(self._started_at + worker.settings.connect_timeout)
+
+    def adopt(
+        self, key: bytes, client: bytes, now: float, receiver: Receiver | None, undelivered: Undelivered | None
+    ) -> None:
+        """Become the association of a client socket, having stood ready without one."""
+        self.key = key
+        self.client = client
+        self.active_at = self.queued_at = now
+        self.only_dns = True
+        self.socks_header = 10 if len(client) == 6 else 22
+        self._undelivered = undelivered or self._udp.flow_undelivered
+        if receiver is not None:
+            self._receiver = receiver
+            if self._socket is not None:
+                worker = self._udp.worker
+                worker.unwatch(self._socket.fileno())
+                worker.watch(self._socket.fileno(), EPOLLIN, partial(receiver, self))
+        self._wake(now + self._idle_timeout())
 
     def open_direct(self, now: float) -> None:
         """Open an unconnected socket, which takes answers from anyone. OSError when there is no descriptor.
@@ -179,6 +216,7 @@ class Association:
         self._waiting_octets = 0
         for flow, payload in waiting:
             udp.send_copy(flow, payload, now)
+        udp.associations.fill(now)
 
     def _connect(self, address: bytes, port: int) -> None:
         """Open the socket for datagrams, connected: the kernel then refuses what does not come from the relay."""
@@ -188,7 +226,7 @@ class Association:
         name = self._control.peer_name if address == self._control.peer else socket.inet_ntop(family, address)
         opened = worker.upstream.open(family, socket.SOCK_DGRAM)
         self._use(opened, self._connected_to(opened, family, name, port))
-        worker.watch(opened.fileno(), EPOLLIN, partial(self._udp.answers.from_relay, self))
+        worker.watch(opened.fileno(), EPOLLIN, partial(self._receiver, self))
 
     def _connected_to(self, opened: socket.socket, family: int, name: str, port: int) -> int:
         """Connect a socket, and return how many octets of payload the path's MTU has room for."""
@@ -231,7 +269,7 @@ class Association:
 
     def wait(self, flow: Flow, payload: bytes) -> None:
         """Keep a copy of a datagram until the association is ready; what is too much is dropped and counted."""
-        if len(self._waiting) >= WAITING_DATAGRAMS or self._waiting_octets + len(payload) > WAITING_OCTETS:
+        if len(self._waiting) >= self.waiting_most or self._waiting_octets + len(payload) > WAITING_OCTETS:
             self._count(counts.UDP_DROPPED_WAITING, 1)
             return
         self._waiting.append((flow, payload))
@@ -265,7 +303,7 @@ class Association:
         waiting, self._waiting = self._waiting, []
         self._end(now)
         for flow, payload in waiting:
-            self._udp.undelivered(flow.key, payload, code, now)
+            self._undelivered(flow, payload, code, now)
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -302,7 +340,7 @@ class Association:
         self._wake(due_at)
 
     def _end(self, now: float) -> None:
-        self._udp.remove(self)
+        self._udp.remove(self, now)
         self.close()
 
     def close(self) -> None:

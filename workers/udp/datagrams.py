@@ -8,7 +8,6 @@ UDP_SEGMENT if their lengths are equal (a shorter one may be last).
 from __future__ import annotations
 
 import errno
-from itertools import islice
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
@@ -18,12 +17,13 @@ from workers.icmp import ADMIN, HOST, NET, PORT
 from workers.proxyconnection import proxy_unreachable
 from workers.public import is_public
 from workers.settings import ADDRESS_PORT
-from workers.socks import modes
 from workers.udp.answers import Answers
 from workers.udp.association import CLOSED, READY, Association
+from workers.udp.associations import Associations
 from workers.udp.availability import DOWN, Availability
+from workers.udp.dns import DnsOverUdp
 from workers.udp.flow import Flow
-from workers.udp.tunnel import STALLED, Tunnel
+from workers.udp.tunnel import STALLED
 from workers.wire.checksum import ones_sum, pseudo_sum
 from workers.wire.udp import UDP, packet_of, split_key
 from workers.wire.vnet import GSO_UDP_L4, TRUSTED
@@ -40,7 +40,6 @@ QUIC_PORT: Final = 443
 
 FLOWS_PER_ASSOCIATION: Final = 1024  #: destinations that one client socket has prepared headers for
 FLOWS_FACTOR: Final = 16  #: the same for the worker, times max_associations
-EVICTION_LOOKS: Final = 16  #: associations looked at to find one that was not used lately
 QUOTED: Final = 512  #: octets of payload that an ICMP error may quote
 
 #: errno of direct:// → what the client is told
@@ -65,11 +64,8 @@ class Udp:
         self.filtering = settings.udp_filtering
         self._by_destination = settings.udp_mapping == ADDRESS_PORT
         self._own = (settings.own_address4, settings.own_address6)
-        self._max_associations = settings.max_associations
         self._max_flows = FLOWS_FACTOR * settings.max_associations
         self._flows: dict[bytes, Flow] = {}
-        #: by client socket (or by flow), the least recently used first (nearly)
-        self._associations: dict[bytes, Association] = {}
         self._waiting: list[Flow] = []  # flows with pieces of this batch
         self._ancillary: dict[int, list[tuple[int, int, bytes]]] = {}  # UDP_SEGMENT by size
         upstream = worker.upstream
@@ -80,6 +76,9 @@ class Udp:
             upstream.direct or upstream.associates,
             upstream.udp_learned,
         )
+        self.associations = Associations(self)
+        self._associations = self.associations.table
+        self.dns_over_udp = DnsOverUdp(self)
 
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -297,6 +296,10 @@ class Udp:
         for piece in pieces:
             association.wait(flow, bytes(piece[behind:]))
 
+    def flow_undelivered(self, flow: Flow, payload: bytes, code: int, now: float) -> None:
+        """Answer a datagram that waited in vain for its association."""
+        self.undelivered(flow.key, payload, code, now)
+
     def undelivered(self, key: bytes, payload: bytes, code: int, now: float) -> None:
         """Answer a datagram that found no association: over TCP if it is a question, else by ICMP, with this code."""
         if code == DOWN:
@@ -330,6 +333,8 @@ class Udp:
             self._count[counts.UDP_DROPPED_QUIC] += 1
             self.worker.icmp.unreachable(packet_of(key, datagram[:QUOTED]), PORT)
             return None
+        if port == DNS_PORT and not self._direct and self.dns_over_udp.ask(key, datagram, now):
+            return None
         client = source + source_port.to_bytes(2, "big")
         association = self._associations.get(key if self._by_destination else client)
         if association is None:
@@ -355,17 +360,9 @@ class Udp:
         return flow
 
     def _new_association(self, client: bytes, key: bytes, payload: bytes, now: float) -> Association | None:
-        if len(self._associations) >= self._max_associations:
-            self._evict()
-        kind = Association if self._direct or self.availability.mode == modes.UDP else Tunnel
-        association = kind(self, key if self._by_destination else client, client, now)
         try:
-            if self._direct:
-                association.open_direct(now)
-            else:
-                association.associate()
+            return self.associations.open(key if self._by_destination else client, client, now)
         except OSError as error:
-            association.close()
             if self._direct and error.errno in _NO_WAY:
                 self._count[counts.UDP_DROPPED_SOCKET] += 1
                 self.worker.icmp.unreachable(packet_of(key, payload[:QUOTED]), _NO_WAY[error.errno])
@@ -375,42 +372,20 @@ class Udp:
                 proxy_unreachable(self.worker, error.strerror or str(error))
                 self.undelivered(key, payload, self.availability.is_down(now), now)
             return None
-        self._associations[association.key] = association
-        self._count[counts.UDP_ASSOCIATIONS] = len(self._associations)
-        return association
-
-    def _evict(self) -> None:
-        """End the association that was not used for the longest time, of the first few in the table.
-
-        A flood of client sockets so ends what is idle, and itself: what is used again before the flood has filled the
-        table once, stays. Refusing the new ones would lock out everybody for as long as the flood's live.
-        """
-        looked_at = list(islice(self._associations.items(), EVICTION_LOOKS))
-        victim = min((association for _, association in looked_at), key=lambda association: association.active_at)
-        for key, association in looked_at:
-            if association is not victim and association.active_at > association.queued_at:
-                association.queued_at = association.active_at
-                self._associations[key] = self._associations.pop(key)
-        self.remove(victim)
-        victim.close()
-        self._count[counts.UDP_EVICTED] += 1
 
     def _forget_flows(self, association: Association) -> None:
         for key in association.flow_keys:
             self._flows.pop(key, None)
         association.flow_keys.clear()
 
-    def remove(self, association: Association) -> None:
+    def remove(self, association: Association, now: float) -> None:
         """Forget an association that ends, and its flows."""
         self._forget_flows(association)
-        if self._associations.get(association.key) is association:
-            del self._associations[association.key]
-        self._count[counts.UDP_ASSOCIATIONS] = len(self._associations)
+        self.associations.remove(association, now)
 
     def stop(self, now: float) -> None:
         """Close all sockets; clients notice nothing, as with any router."""
         self._waiting.clear()
-        for association in list(self._associations.values()):
-            self.remove(association)
-            association.close()
+        self._flows.clear()
+        self.associations.stop()
         self.dns.stop()

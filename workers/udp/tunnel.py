@@ -75,9 +75,8 @@ class Tunnel(Association):
         """Take bytes of the stream, and let Answers have the datagrams in them."""
         arrived = self._arrived
         arrived.extend(self._framing.receive(data))
-        from_relay = self._udp.answers.from_relay
         while arrived:
-            from_relay(self, EPOLLIN, now)
+            self._receiver(self, EPOLLIN, now)
         if self._framing.error is not None:
             self._count(counts.UDP_DROPPED_BAD_HEADER, 1)
             self._end(now)
