@@ -13,12 +13,13 @@ from gateway.proxy.tls import ClientTls, ServerTls
 from gateway.proxy.tunnelurl import parse_tunnel, parse_via
 from gateway.proxyurl import ConfigError
 from tests.certificates import CA, LOCALHOST
+from tests.httpproxy import HttpProxy
 from tests.proxy_running import PATIENCE, Running, accept, ask, exactly, listening, request, to_eof, tunnel
 from tests.test_proxy_udp import Associated, Echo, datagrams, settled
 from workers.socks.wire import BIND, CONNECT, parse_address
 
 LOOPBACK = socket.inet_aton("127.0.0.1")
-CARRIERS = ("raw", "tls", "ws", "wss")
+CARRIERS = ("raw", "tls", "ws", "wss", "http")
 DIALECTS = ("gost", "gost1", "hev", "uot", "uot1")
 
 
@@ -329,6 +330,34 @@ def test_a_server_that_speaks_something_else(carrier, garbage):
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
+def test_via_http(carrier, target):
+    with HttpProxy() as via, Pair(carrier, via=parse_via(f"http://via:me@127.0.0.1:{via.port}")) as pair:
+        for _ in range(2):
+            client, server = tunnel(pair, target)
+            with client, server:
+                for _ in range(3):
+                    client.sendall(b"ping")
+                    assert exactly(server, 4) == b"ping"
+                server.sendall(b"pong" * 100000)
+                assert exactly(client, 400000) == b"pong" * 100000
+        with Echo() as echo, Associated(pair) as associated:
+            settled(pair, associated, echo.address)
+        methods = {head[0].split()[0] for head in via.heads}
+        assert methods == ({"GET", "POST"} if carrier == "http" else {"CONNECT"})
+
+
+@pytest.mark.parametrize("carrier", ["raw", "http"])
+def test_via_http_with_a_wrong_password(carrier, caplog):
+    with (
+        HttpProxy() as via,
+        Pair(carrier, via=parse_via(f"http://via:wrong@127.0.0.1:{via.port}")) as pair,
+        pair.connect() as client,
+    ):
+        assert ask(client, CONNECT, LOOPBACK, 9).reply == 1
+    assert any("407" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("carrier", [carrier for carrier in CARRIERS if carrier != "http"])
 def test_via_socks(carrier, target):
     with Running(username="via", password="me") as via:
         proxy = parse_via(f"socks5://via:me@127.0.0.1:{via.server.address[1]}")

@@ -3,6 +3,7 @@
 poll.py       which sockets are ready
 server.py     Server: accepts, runs the loop, watches the clock
 stream.py     Stream: bytes over a connection, through the layers of a carrier: tls.py, websocket.py
+httpserver.py, httpclient.py: a stream over many HTTP requests
 session.py    a client from its first byte until its request is granted or refused
 outbound.py   where granted requests go: Direct, or forward.py to another server; opening.py makes the tunnels
 dial.py       CONNECT: a name, its addresses, a connection; resolve.py asks for names in threads of their own

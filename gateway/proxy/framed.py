@@ -5,7 +5,6 @@ network would; one that stops in the middle of a frame, or takes nothing, or say
 is shared between streams, so none holds up another.
 """
 
-import logging
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from gateway.proxy.server import Server
 
 MAX_BACKLOG: Final = 256 * 1024  # bytes that may wait for a stream that does not keep up: a second at 2 Mbit/s
-
-log = logging.getLogger(__name__)
 
 
 class _Framed(Owner):
@@ -72,9 +69,7 @@ class _Framed(Owner):
         error = self._framing.error
         if error:
             reason = f"frame-{error.reason.removeprefix('frame-')}"
-            if not self._server.counters[reason]:  # once; from then on it is only counted
-                log.warning("a stream of datagrams is closed: %s", error)
-            self._server.counters[reason] += 1
+            self._server.complain(ProtocolError(reason, f"a stream of datagrams is closed: {error}"))
             self._server.soon(self.close)
         return datagrams
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
 from gateway.proxy.dial import Dial
+from gateway.proxy.httpclient import HttpClientStream
 from gateway.proxy.stream import Layer, Layered, Owner, Stream
-from gateway.proxy.tunnelurl import TLS, WS, WSS
+from gateway.proxy.tunnelurl import HTTP, TLS, WS, WSS
 from gateway.proxy.websocket import WebSocket
 from workers.socks.client import SocksHandshake
 from workers.socks.handshake import Handshake
@@ -44,6 +45,7 @@ class Opening(Owner):
         "_dial",
         "_forwarder",
         "_handshake",
+        "_http",
         "_is_over",
         "_nameless",
         "_server",
@@ -72,6 +74,7 @@ class Opening(Owner):
         self._stream: Layered | None = None
         self._handshake: Handshake | None = None  #: who takes what comes
         self._surplus = b""  #: what came behind the answer of one step belongs to the next
+        self._http: HttpClientStream | None = None
         self._is_over = False
         self._bare = False  #: a reply is there but for its address
         self._steps = self._route(command, host, port)
@@ -103,7 +106,11 @@ class Opening(Owner):
 
     def connected(self, sock: socket.socket) -> None:
         self._dial = None
-        self._stream = Stream(self._server, sock, self)
+        if self._forwarder.url.carrier == HTTP:
+            self._http = HttpClientStream(self._server, self._forwarder, sock, self)
+            self._stream = self._http
+        else:
+            self._stream = Stream(self._server, sock, self)
         next(self._steps)()
 
     def not_connected(self, reply: int, reason: str) -> None:
@@ -164,6 +171,8 @@ class Opening(Owner):
         if forwarder.via_handshake:
             via = forwarder.via_handshake(CONNECT, url.proxy.host, url.proxy.port)
             yield lambda: self._ask(via)
+        if self._http:
+            yield self._http.begin
         if url.carrier in (TLS, WSS):
             yield lambda: self._wrap(forwarder.tls.connect(url.proxy.host))
         if url.carrier in (WS, WSS):

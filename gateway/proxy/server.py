@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from gateway.proxy.httpserver import HttpListener, HttpServerStream
 from gateway.proxy.outbound import Direct, Outbound
 from gateway.proxy.poll import READ, Handler, new_poller
 from gateway.proxy.relay import COPY_SIZE, PipePool
@@ -16,8 +17,9 @@ from gateway.proxy.resolve import Resolver
 from gateway.proxy.session import Session
 from gateway.proxy.stream import Stream
 from gateway.proxy.tls import ServerTls
-from gateway.proxy.tunnelurl import RAW, TLS, WS, WSS
+from gateway.proxy.tunnelurl import HTTP, RAW, TLS, WS, WSS
 from gateway.proxy.websocket import WebSocket
+from workers.socks.wire import ProtocolError
 
 BACKLOG: Final = 4096  # the kernel takes net.core.somaxconn if that is less
 ACCEPTS_PER_BREATH: Final = 64  # those who are connected already get their turn as well
@@ -86,6 +88,7 @@ class Server:
         self.outbound: Outbound = outbound or Direct()
         self.tls = tls
         self._carrier = carrier
+        self._http = HttpListener(self, self._attend) if carrier == HTTP else None
         self.portable = portable
         self.counters: Counter[str] = Counter()
         self._listener = _listen(listen, reuse_port)
@@ -148,6 +151,12 @@ class Server:
         """Call at the end of this breath: what an owner of something may not be told while it acts itself."""
         self._soon.append(call)
 
+    def complain(self, error: ProtocolError) -> None:
+        """Count what another program has said wrong; the first time of each kind is logged."""
+        if not self.counters[error.reason]:
+            log.warning("%s", error)
+        self.counters[error.reason] += 1
+
     def _breathe(self) -> None:
         handlers = self.poller.handlers
         for fd, events in self.poller.wait(self._tick if self._deadlines or self._paused else None):
@@ -209,12 +218,20 @@ class Server:
             self._admit(client)
 
     def _admit(self, client: socket.socket) -> None:
+        if self._http:
+            self._http.admit(client)
+            return
         session = Session(self)
         stream = Stream(self, client, session)
         if self.tls and self._carrier in (TLS, WSS):
             stream.push(self.tls.serve())
         if self._carrier in (WS, WSS):
             stream.push(WebSocket())
+        session.attend(stream)
+
+    def _attend(self, stream: HttpServerStream) -> None:
+        session = Session(self)
+        stream.owner = session
         session.attend(stream)
 
     def _pause(self, pause: bool) -> None:

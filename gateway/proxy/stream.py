@@ -8,7 +8,6 @@ What an owner is told comes from the loop, never from within a call that it make
 """
 
 import errno
-import logging
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -20,8 +19,6 @@ from workers.socks.wire import ProtocolError
 
 if TYPE_CHECKING:
     from gateway.proxy.server import Server
-
-log = logging.getLogger(__name__)
 
 
 class Layer(Protocol):
@@ -196,10 +193,7 @@ class Layered:
             self._end()
 
     def _broken(self, error: ProtocolError, layer: Layer, level: int) -> None:
-        counters = self._server.counters
-        if not counters[error.reason]:  # once; from then on it is only counted
-            log.warning("%s", error)
-        counters[error.reason] += 1
+        self._server.complain(error)
         if layer.farewell:
             self._down(layer.farewell, level)
         self.close()

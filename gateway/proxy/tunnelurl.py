@@ -19,6 +19,7 @@ CARRIERS: Final = {
     "socks5+tls": (TLS, 1080),
     "socks5+ws": (WS, 80),
     "socks5+wss": (WSS, 443),
+    "socks5+http": (HTTP, 80),
 }
 ALLOWED: Final = ", ".join(f"{scheme}://" for scheme in CARRIERS)
 
