@@ -134,12 +134,10 @@ class OneWorker:
         worker = self.worker
         events = worker._epoll.poll(timeout)
         now = self.now
-        worker.handle(events, now)
         if self.port.waiting:
-            worker._frames_wait(select.EPOLLIN, now)
-        worker.timers.run(now)
-        worker.tcp.run(now)
-        self.port.flush()
+            events.append((self.port.fileno(), select.EPOLLIN))
+        worker.breathe(events, now)
+        worker.publish()
         self.port.complete()
         assert self.counted(counts.INTERNAL_ERRORS) == 0
         return bool(events)

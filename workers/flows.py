@@ -262,6 +262,9 @@ class TcpFlows:
             self.remove(old.key, old)
         if now >= self._sweep_at:
             self._sweep(now)
+
+    def publish(self) -> None:
+        """Write the gauges."""
         count = self.count
         count[counts.TCP_FLOWS] = len(self.table) - self._waiting
         count[counts.TCP_PENDING] = self.pending

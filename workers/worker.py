@@ -33,6 +33,7 @@ log = logging.getLogger("ringway")
 Handler = Callable[[int, float], None]
 
 MAX_EVENTS: Final = 256  #: of one breath
+PUBLISH_SECONDS: Final = 0.1  #: between two times that a worker which never sleeps writes its gauges
 MIN_FRAME: Final = vnet.SIZE + 20  #: octets; with an IPv4 header; what a fragment has behind it may be one
 
 
@@ -88,37 +89,50 @@ class Worker:
         poller = self._epoll
         timers = self.timers
         tcp = self.tcp
-        port = self.port
-        count = self.count
         busy_poll = self.settings.busy_poll
-        looked_again = True
         now = monotonic()
+        publish_at = now
         self.report({"event": "ready"})
         while not self._stopping:
-            next_at = min(tcp.next_at, timers.next_at)
-            if not looked_again or next_at <= now:
-                events = spin(poller, busy_poll, MAX_EVENTS)
-            else:
-                events = poller.poll(None if next_at == inf else max(next_at - now, 0.001), MAX_EVENTS)
-            looked_again = not events
+            # Who was just busy looks once more before it sleeps: a wakeup costs more than a system call.
+            events = spin(poller, busy_poll, MAX_EVENTS) if busy_poll else poller.poll(0, MAX_EVENTS)
+            if not events or now >= publish_at:
+                self.publish()
+                publish_at = now + PUBLISH_SECONDS
+            if not events:
+                next_at = min(tcp.next_at, timers.next_at)
+                if next_at > now:
+                    events = poller.poll(None if next_at == inf else max(next_at - now, 0.001), MAX_EVENTS)
             now = monotonic()
-            if events:
-                self.handle(events, now)
-            try:
-                timers.run(now)
-                tcp.run(now)
-            except Exception:
-                self._broken(None, now)
-            port.flush()
-            if bool(tcp.starved) != self._watches_completions:
-                self._watch_completions()
-            if port.packets:
-                count[counts.FRAMES_TO_DEVICE] += port.packets
-                count[counts.BYTES_TO_DEVICE] += port.octets - vnet.SIZE * port.packets
-                port.packets = port.octets = 0
+            self.breathe(events, now)
         tcp.stop(now)
         self.udp.stop(now)
-        port.flush()
+        self.port.flush()
+        self.publish()
+
+    def breathe(self, events: list[tuple[int, int]], now: float) -> None:
+        """Do what the events ask for, then what is due, and let the packets go."""
+        tcp = self.tcp
+        if events:
+            self.handle(events, now)
+        try:
+            self.timers.run(now)
+            tcp.run(now)
+        except Exception:
+            self._broken(None, now)
+        self.port.flush()
+        if bool(tcp.starved) != self._watches_completions:
+            self._watch_completions()
+
+    def publish(self) -> None:
+        """Write the counters that are kept elsewhere meanwhile; always before the worker sleeps."""
+        count = self.count
+        port = self.port
+        if port.packets:
+            count[counts.FRAMES_TO_DEVICE] += port.packets
+            count[counts.BYTES_TO_DEVICE] += port.octets - vnet.SIZE * port.packets
+            port.packets = port.octets = 0
+        self.tcp.publish()
 
     def handle(self, events: list[tuple[int, int]], now: float) -> None:
         """Call the handlers of one breath's events.

@@ -246,7 +246,8 @@ class Bench:
                 client.ack = (client.ack + ANSWER) & MASK
             self.best = min(self.best, spent)
         self.worker._stopping = True
-        yield []
+        while True:
+            yield []
 
     def close(self) -> None:
         """Give everything back."""

@@ -282,15 +282,11 @@ class WholeWorker:
         port = self.port
         now = self.world.now
         self._breath = False
-        if self._events:
-            events = [(fd, target.mask()) for fd, target in self._events.items() if not target.closed]
-            self._events.clear()
-            worker.handle(events, now)
+        events = [(fd, target.mask()) for fd, target in self._events.items() if not target.closed]
+        self._events.clear()
         if port.waiting:
-            worker._frames_wait(select.EPOLLIN, now)
-        worker.timers.run(now)
-        worker.tcp.run(now)
-        port.flush()
+            events.append((port.fileno(), select.EPOLLIN))
+        worker.breathe(events, now)
         assert not self.count[counts.INTERNAL_ERRORS], "an exception was counted"
         sent = port.sent
         if sent:
