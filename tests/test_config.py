@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config import Config, ConfigError, ProxyUrl, control_directories, control_path, load, parse_proxy
-from gateway.keys import KEYS, seconds
+from gateway.keys import KEYS
+from gateway.keyvalues import seconds
 
 
 def refused(flags: dict[str, object] | None = None, env: dict[str, str] | None = None, path: Path | None = None) -> str:
