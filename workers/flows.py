@@ -28,13 +28,14 @@ from workers.tcp.limits import CHALLENGES
 from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
-from workers.wire import vnet
 from workers.wire.checksum import pseudo_sum, verify
 from workers.wire.tcp import HEADER, USUAL_TIMESTAMPS, Headers, reply_addresses
+from workers.wire.vnet import TRUSTED
 
 if TYPE_CHECKING:
     from workers.worker import Worker
 
+CONTROL: Final = SYN | ACK | RST | FIN
 SYNS_A_BREATH: Final = 64  #: new flows of one batch; flows that run come first, a SYN beyond comes again after 1 s
 TIME_WAIT_SECONDS: Final = 60.0  # Linux TCP_TIMEWAIT_LEN; RFC 9293 says 2 × 2 minutes
 MAX_TIME_WAIT: Final = 8192  #: connections in TIME-WAIT of one worker; the oldest goes first
@@ -142,7 +143,7 @@ class TcpFlows:
         if text_at > end or bits < 0x5000:
             self.count[counts.MALFORMED] += 1
             return
-        if not rx[at] & vnet.TRUSTED and not self._verify(at, transport, end, version):
+        if not rx[at] & TRUSTED and not self._verify(at, transport, end, version):
             self.count[counts.BAD_CHECKSUM] += 1
             return
         seg = self._seg
@@ -159,14 +160,14 @@ class TcpFlows:
             seg.sack = ()
         else:
             seg.parse_options(rx[transport + 20 : text_at])
-        if version == 4:
-            key = (
-                rx[at + 22 : at + 34] if transport == at + 30 else rx[at + 22 : at + 30] + rx[transport : transport + 4]
-            )
-        else:
+        if version == 6:
             key = rx[at + 18 : at + 50] + rx[transport : transport + 4]
+        elif transport == at + 30:
+            key = rx[at + 22 : at + 34]  # addresses and ports stand side by side
+        else:
+            key = rx[at + 22 : at + 30] + rx[transport : transport + 4]
         flow = self.table.get(key)
-        if seg.flags & (SYN | ACK | RST | FIN) == SYN and (flow is None or flow.gives_way(seg)):
+        if seg.flags & CONTROL == SYN and (flow is None or flow.gives_way(seg)):
             self._syns.append((key, rx[at + 10 : text_at], seg))
             self._seg = Segment()
         elif flow is not None:

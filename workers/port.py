@@ -48,11 +48,8 @@ class Port(Protocol):
     small: FramePool  #: free TX frames of SMALL_SIZE octets
     packets: int  #: transmitted since the worker last looked
     octets: int  #: of them, virtio_net_hdr included
-    completion_fd: int  #: readable when is_full may have changed; -1: it never does
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so much is on its way to the device that nothing more should be read for it."""
+    backlog: int  #: octets on their way to the device; with BACKLOG of them nothing more should be read for it
+    completion_fd: int  #: readable when the backlog may have shrunk; -1: there never is one
 
     def fileno(self) -> int:
         """Return the descriptor that is readable while frames wait."""
@@ -94,12 +91,8 @@ class TxFrames:
         self._held: set[int] = set()  # large frames
         self.packets = 0
         self.octets = 0
+        self.backlog = 0  # for ever, where a packet is written as soon as it is transmitted
         self.completion_fd = -1
-
-    @property
-    def is_full(self) -> bool:
-        """Never, where a packet is written as soon as it is transmitted."""
-        return False
 
     def reassemble(self, at: int, length: int, now: float) -> int:
         """Drop the fragment: where there is a reader, it has put packets together before."""
@@ -137,13 +130,7 @@ class RingPort(TxFrames):
         self.frames = self._rx.take
         self.fileno = self._rx.fileno
         self.completion_fd = self._completion.fileno()
-        self._backlog = 0  # octets transmitted and not completed
-        self._waiting = 0  # of them, octets that the writer does not know of
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the writer has enough to do."""
-        return self._backlog >= BACKLOG
+        self._waiting = 0  # octets of the backlog that the writer does not know of
 
     def release(self, descriptors: list[int]) -> None:
         """Give RX frames back to the reader, several with one system call."""
@@ -159,7 +146,7 @@ class RingPort(TxFrames):
         if at < TX_SMALL_BASE:
             self._uses[at // FRAME_SIZE] += 1
         self.octets += length
-        self._backlog += length
+        self.backlog += length
         if not more:
             self.packets += 1
         descriptor = at | length << LENGTH_SHIFT
@@ -187,7 +174,7 @@ class RingPort(TxFrames):
         uses = self._uses
         for descriptor in descriptors:
             at = descriptor & ADDRESS_MASK
-            self._backlog -= descriptor >> LENGTH_SHIFT & LENGTH_MASK
+            self.backlog -= descriptor >> LENGTH_SHIFT & LENGTH_MASK
             if at >= TX_SMALL_BASE:
                 small.give(at - (at - TX_SMALL_BASE) % SMALL_SIZE)
             else:
@@ -206,7 +193,7 @@ class RingPort(TxFrames):
             self._uses[number] = int(held)
             if not held:
                 self.large.give(number * FRAME_SIZE)
-        self._backlog = 0
+        self.backlog = 0
         self._tx.reset()
         self._completion.reset()
 

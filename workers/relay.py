@@ -14,10 +14,11 @@ from __future__ import annotations
 import socket
 from math import inf
 from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ipc.layout import HEADROOM
 from workers import counts
+from workers.port import BACKLOG
 from workers.proxysocket import ProxySocket
 from workers.tcp import pathmtu
 from workers.tcp.connection import Connection
@@ -43,6 +44,10 @@ from workers.wire.tcp import Headers
 
 if TYPE_CHECKING:
     from workers.flows import TcpFlows
+
+RARE: Final = ~(TEXT | ACKED)  #: events
+ENDING: Final = EPOLLRDHUP | EPOLLHUP | EPOLLERR
+TO_READ: Final = EPOLLIN | ENDING
 
 
 class Relay:
@@ -111,7 +116,7 @@ class Relay:
                     self._deliver(text, now)
         if events & ACKED:
             self._unacked.release(conn.snd.una)
-        if events & ~(TEXT | ACKED) and self._handle(events, seg, now):
+        if events & RARE and self._handle(events, seg, now):
             return
         if self._readable:
             self._read(now)
@@ -211,8 +216,8 @@ class Relay:
         if proxy.at_end:
             if mask & EPOLLERR and proxy.is_open:
                 self._proxy_failed(now)
-        elif mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
-            if mask & ~(EPOLLIN | EPOLLOUT):
+        elif mask & TO_READ:
+            if mask & ENDING:
                 self._hup = True
             self._readable = True
             self._read(now)
@@ -245,21 +250,15 @@ class Relay:
         if recv_into is None or conn.state == SYN_RECEIVED:
             return
         room = conn.room(now)
-        if not room:
-            conn.want_room(now)
-            if conn.deadline < self._wake_at:
-                self._arm()
-            return
         port = self._port
-        if port.is_full or not port.large.free:
-            if not self._in_queue:
-                self._in_queue = True
-                self.flows.starved.append(self)
+        if not room or port.backlog >= BACKLOG or not port.large.free:
+            self._wait_to_read(room, now)
             return
         frame = port.large.take()
         payload = frame + HEADROOM
+        view = port.tx_view
         try:
-            length = recv_into(port.tx_view[payload : payload + room])
+            length = recv_into(view[payload : payload + room])
         except BlockingIOError:
             port.large.give(frame)
             self._readable = False
@@ -268,56 +267,66 @@ class Relay:
             port.large.give(frame)
             self._proxy_failed(now)
             return
-        if not length:
-            port.large.give(frame)
-            if self._proxy.broken:
-                self._proxy_failed(now)
+        if length == room or self._hup:
+            if not length:
+                port.large.give(frame)
+                self._end_of_file(now)
                 return
-            self._end_of_file()
-            self._output(now)
-            return
-        if self._hup and length < room and not self._proxy.broken:
-            self._look_ahead()
-        if length < room and not self._hup:
+            self._read_on(length < room)
+        else:
             self._readable = False
-        elif self._readable and not self._in_queue:
-            self._in_queue = True
-            self.flows.ready.append(self)
         self.active_at = now
-        self._send_fresh(frame, length, now)
-
-    def _look_ahead(self) -> None:
-        """See what follows the text that was just read: the FIN rides on it."""
-        try:
-            if self._proxy.nothing_more():
-                self._end_of_file()
-        except OSError:
-            self._proxy.fail()  # the kernel says it once; the next read would find a clean end
-
-    def _end_of_file(self) -> None:
-        """The proxy will send nothing more."""
-        self._readable = False
-        self._proxy.read_to_end()
-        self.conn.close()
-
-    def _send_fresh(self, frame: int, length: int, now: float) -> None:
-        """Send a payload for the first time: its headers stand in front of it, so it is one piece."""
-        conn = self.conn
-        port = self._port
         out = self.flows.out
-        payload = frame + HEADROOM
         seq = conn.snd.end
-        if not conn.text_at_once(out, length, now):  # something else goes first
+        if conn.text_at_once(out, length, now):
+            # Its headers stand in front of it: one piece, for the one time that nobody else reads the frame.
+            self._unacked.keep(seq, frame, length)
+            written = self.headers.write(view, payload, out)
+            port.transmit(payload - written, written + length)
+            if conn.deadline < self._wake_at:
+                self._arm()
+        else:  # something else goes first
             self._unacked.keep_copy(seq, port.tx[payload : payload + length])
             port.large.give(frame)
             conn.send(length)
             self._output(now)
+
+    def _wait_to_read(self, room: int, now: float) -> None:
+        """Come back when the client's window opens, or when there are frames again."""
+        if not room:
+            self.conn.want_room(now)
+            if self.conn.deadline < self._wake_at:
+                self._arm()
+        elif not self._in_queue:
+            self._in_queue = True
+            self.flows.starved.append(self)
+
+    def _read_on(self, all_was_read: bool) -> None:
+        """Read again soon; see at once whether the end of file follows: the FIN rides on the last text."""
+        proxy = self._proxy
+        if self._hup and all_was_read and not proxy.broken:
+            try:
+                if proxy.nothing_more():
+                    self._close()
+                    return
+            except OSError:
+                proxy.fail()  # the kernel says it once; the next read would find a clean end
+        if not self._in_queue:
+            self._in_queue = True
+            self.flows.ready.append(self)
+
+    def _end_of_file(self, now: float) -> None:
+        """The proxy will send nothing more: its FIN is ours, unless its connection is broken."""
+        if self._proxy.broken:
+            self._proxy_failed(now)
             return
-        self._unacked.keep(seq, frame, length)
-        written = self.headers.write(port.tx_view, payload, out)
-        port.transmit(payload - written, written + length)
-        if conn.deadline < self._wake_at:
-            self._arm()
+        self._close()
+        self._output(now)
+
+    def _close(self) -> None:
+        self._readable = False
+        self._proxy.read_to_end()
+        self.conn.close()
 
     def _send_backlog(self, now: float) -> None:
         """Give the proxy what waited for it, and open the window again."""

@@ -38,7 +38,11 @@ class Unacked:
         port = self._port
         if length <= COPY_LIMIT or self._held >= MAX_HELD or len(port.large.free) < FEW_FRAMES:
             payload = frame + HEADROOM
-            self.keep_copy(seq, port.tx[payload : payload + length])
+            copy = port.tx[payload : payload + length]
+            if self._chunks:
+                self.keep_copy(seq, copy)
+            else:
+                self._chunks.append((seq, length, -1, copy))
         else:
             self._chunks.append((seq, length, frame, b""))
             self._held += 1

@@ -26,7 +26,10 @@ from workers.settings import Settings
 from workers.timers import Timers
 from workers.udp import Udp
 from workers.upstream import Upstream
-from workers.wire import ip, vnet
+from workers.wire import ip
+from workers.wire.ip import HEADER4, IS_FRAGMENT, TCP, UDP
+from workers.wire.vnet import SIZE as VNET
+from workers.wire.vnet import TRUSTED
 
 log = logging.getLogger("ringway")
 
@@ -34,7 +37,7 @@ Handler = Callable[[int, float], None]
 
 MAX_EVENTS: Final = 256  #: of one breath
 PUBLISH_SECONDS: Final = 0.1  #: between two times that a worker which never sleeps writes its gauges
-MIN_FRAME: Final = vnet.SIZE + 20  #: octets; with an IPv4 header; what a fragment has behind it may be one
+MIN_FRAME: Final = VNET + 20  #: octets; with an IPv4 header; what a fragment has behind it may be one
 
 
 class Worker:
@@ -130,7 +133,7 @@ class Worker:
         port = self.port
         if port.packets:
             count[counts.FRAMES_TO_DEVICE] += port.packets
-            count[counts.BYTES_TO_DEVICE] += port.octets - vnet.SIZE * port.packets
+            count[counts.BYTES_TO_DEVICE] += port.octets - VNET * port.packets
             port.packets = port.octets = 0
         self.tcp.publish()
 
@@ -171,7 +174,7 @@ class Worker:
         """Take all frames that wait, then do what the batch owes."""
         descriptors = self.port.frames()
         rx = self.port.rx
-        unpack = ip.HEADER4.unpack_from
+        unpack = HEADER4.unpack_from
         tcp_arrives = self.tcp.packet_arrives
         udp_arrives = self.udp.frame_arrives
         octets = 0
@@ -181,17 +184,12 @@ class Worker:
             octets += length
             flags, first, total, fragment, protocol = unpack(rx, at)
             try:
-                if (
-                    first == 0x45
-                    and flags & vnet.TRUSTED
-                    and 28 <= total <= length - vnet.SIZE
-                    and not fragment & ip.IS_FRAGMENT
-                ):
-                    end = at + vnet.SIZE + total
-                    if protocol == ip.TCP:
+                if first == 0x45 and flags & TRUSTED and 28 <= total <= length - VNET and not fragment & IS_FRAGMENT:
+                    end = at + VNET + total
+                    if protocol == TCP:
                         tcp_arrives(at, at + 30, end, 4, now)
                         continue
-                    if protocol == ip.UDP:
+                    if protocol == UDP:
                         udp_arrives(at, at + 30, end, 4, now)
                         continue
                 self._other_arrives(at, length, now)
@@ -199,7 +197,7 @@ class Worker:
                 self._broken(None, now)
         count = self.count
         count[counts.FRAMES_FROM_DEVICE] += len(descriptors)
-        count[counts.BYTES_FROM_DEVICE] += octets - vnet.SIZE * len(descriptors)
+        count[counts.BYTES_FROM_DEVICE] += octets - VNET * len(descriptors)
         try:
             self.udp.end_of_batch(now)
             self.tcp.end_of_batch(now)
@@ -214,9 +212,9 @@ class Worker:
             count[counts.MALFORMED] += 1
             return
         protocol, transport, end, version = ip.locate(self.port.rx, at, length)
-        if protocol == ip.TCP:
+        if protocol == TCP:
             self.tcp.packet_arrives(at, transport, end, version, now)
-        elif protocol == ip.UDP:
+        elif protocol == UDP:
             self.udp.frame_arrives(at, transport, end, version, now)
         elif protocol == (ip.ICMP if version == 4 else ip.ICMPV6):
             self.icmp.frame_arrives(at, transport, end, version, now)

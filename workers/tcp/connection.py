@@ -13,6 +13,7 @@ out of order is copied, into the reassembly queue. No I/O, no clock, no randomne
 
 from math import inf
 from mmap import mmap
+from typing import Final
 
 from workers.tcp import arrival, output
 from workers.tcp.events import (
@@ -51,6 +52,8 @@ from workers.tcp.states import (
     SYN_RECEIVED,
     TIME_WAIT,
 )
+
+CONTROL: Final = FIN | SYN | RST | ACK
 
 
 class Connection:
@@ -196,7 +199,7 @@ class Connection:
         snd = self.snd
         if (
             self.state == ESTABLISHED
-            and seg.flags & (FIN | SYN | RST | ACK) == ACK
+            and seg.flags & CONTROL == ACK
             and seg.seq == rcv.nxt
             and rcv.pieces is None
             and seg.len <= (rcv.adv - rcv.nxt) & MASK
