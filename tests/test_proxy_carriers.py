@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.proxy.forward import Forwarder
+from gateway.proxy.httpserver import MAX_KEPT
 from gateway.proxy.tls import ClientTls, ServerTls, Tls
 from gateway.proxy.tunnelurl import parse_tunnel
 from gateway.proxy.websocket import WebSocket
@@ -243,6 +244,25 @@ def test_large_bodies_and_back_pressure(web):
             assert posted < 32
             assert exactly(server, len(data)) == data
             client.up.settimeout(PATIENCE)
+
+
+def test_a_body_whose_end_comes_alone_is_not_empty(web):
+    data = bytes(MAX_KEPT + 1)
+    with listening() as target, Web(web) as client:
+        client.post(b"\x05\x01\x00")
+        chunk(client.down)
+        client.post(request(CONNECT, target.getsockname()))
+        chunk(client.down)
+        with accept(target) as server:
+            client.up.sendall(
+                b"POST /c2s?token=%s HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n"
+                % (client.token, len(data), data)
+            )
+            assert exactly(server, len(data)) == data
+            client.up.sendall(b"0\r\n\r\n")
+            assert head(client.up).startswith(b"HTTP/1.1 200 ")
+            assert client.post(b"more") == 200
+            assert exactly(server, 4) == b"more"
 
 
 def test_a_client_that_vanishes(web):

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 MAX_KEPT: Final = 128 * 1024  # bytes of a body that are waited for; a longer one is passed on in pieces
 MAX_BODIES: Final = 8  # that wait for a client's stream to be read again; gost queues as many
 
+# What a piece of a POST's body is
+POST_GOES_ON: Final = 0  #: more of it follows
+POST_ENDS: Final = 1  #: the end of it
+POST_EMPTY: Final = 2  #: all of it, and nothing: the client writes no more
+
 NOBODY: Final = Owner()  # owns a stream until somebody does
 
 Opened = Callable[["HttpServerStream"], None]
@@ -56,13 +61,14 @@ class HttpListener:
 class HttpConnection(Owner):
     """One connection of a client: its requests, one after the other, or the one that is a downlink."""
 
-    __slots__ = ("_body", "_http", "_listener", "_server", "_uplink", "downlink", "stream")
+    __slots__ = ("_body", "_http", "_is_empty", "_listener", "_server", "_uplink", "downlink", "stream")
 
     def __init__(self, server: "Server", listener: HttpListener, sock: "socket.socket") -> None:
         self._server = server
         self._listener = listener
         self._http = h11.Connection(h11.SERVER)
-        self._body = bytearray()
+        self._body = bytearray()  #: what has come of a POST's, and is not passed on yet
+        self._is_empty = True  #: nothing has
         self._uplink: HttpServerStream | None = None  #: whose body is being read; the last, between requests
         self.downlink: HttpServerStream | None = None
         self.stream = Stream(server, sock, self)
@@ -101,9 +107,10 @@ class HttpConnection(Owner):
         """End a downlink."""
         self.stream.write(self._http.send(h11.EndOfMessage()) or b"")
 
-    def taken(self) -> None:
-        """Say that a body has been taken, and go on to the next request."""
-        self._answer(200)
+    def taken(self, what: int) -> None:
+        """Hear that a body, or a piece of one, has been taken; answer if it is complete, and go on."""
+        if what != POST_GOES_ON:
+            self._answer(200)
         self._server.soon(self._next)
 
     def close(self) -> None:
@@ -137,16 +144,20 @@ class HttpConnection(Owner):
                     return
             elif isinstance(event, h11.Data) and self._uplink:
                 self._body += event.data
-                if len(self._body) > MAX_KEPT and not self._uplink.is_closed:
-                    self._uplink.take(bytes(self._body))
-                    self._body.clear()
+                self._is_empty = False
+                if len(self._body) > MAX_KEPT:
+                    self._post(self._uplink, POST_GOES_ON)
+                    return
             elif isinstance(event, h11.EndOfMessage) and self._uplink:
-                body = bytes(self._body)
-                self._body.clear()
-                self._uplink.post(body, self)
+                self._post(self._uplink, POST_EMPTY if self._is_empty else POST_ENDS)
                 return
             elif isinstance(event, h11.ConnectionClosed):
                 self.close()
+
+    def _post(self, uplink: "HttpServerStream", what: int) -> None:
+        body = bytes(self._body)
+        self._body.clear()
+        uplink.post(body, self, what)
 
     def _request(self, request: h11.Request) -> bool:
         """Begin with a request; False if nothing more of it is wanted."""
@@ -173,6 +184,7 @@ class HttpConnection(Owner):
         if not uplink:
             return self._refuse(400)
         self._uplink = uplink
+        self._is_empty = True
         self._server.expect(self, self._server.idle_timeout)
         return True
 
@@ -211,7 +223,7 @@ class HttpServerStream(Layered):
         self._listener = listener
         self._token = token
         self._connection = connection
-        self._bodies: deque[tuple[bytes, HttpConnection]] = deque()  #: that wait for `go_on`
+        self._bodies: deque[tuple[bytes, HttpConnection, int]] = deque()  #: that wait for `go_on`
         self._held = False
         self._finished = False
         connection.downlink = self
@@ -228,25 +240,21 @@ class HttpServerStream(Layered):
     def peer(self) -> SocketAddress:
         return self._connection.stream.peer
 
-    def post(self, body: bytes, connection: HttpConnection) -> None:
-        """Take a body, now or once the stream is read again; the client hears of it then."""
-        if self.is_closed or (self.has_ended and body):
-            connection.taken()
+    def post(self, body: bytes, connection: HttpConnection, what: int) -> None:
+        """Take a body or a piece of one, now or once the stream is read again; the connection hears of it then."""
+        if self.is_closed or self.has_ended:
+            connection.taken(what)
         elif self._held and len(self._bodies) < MAX_BODIES:
             connection.stream.hold()
-            self._bodies.append((body, connection))
+            self._bodies.append((body, connection, what))
         elif self._held:
             connection.close()  # a client waits for one answer before it posts the next
         else:
-            connection.taken()
+            connection.taken(what)
             if body:
-                self.take(body)
-            else:
+                self._up(body)
+            if what == POST_EMPTY:
                 self._end()
-
-    def take(self, piece: bytes) -> None:
-        """Take bytes that the client has written."""
-        self._up(piece)
 
     def hold(self) -> None:
         self._held = True
@@ -268,7 +276,8 @@ class HttpServerStream(Layered):
             self.is_closed = True
             self._listener.streams.pop(self._token, None)
             while self._bodies:
-                self._bodies.popleft()[1].taken()
+                _, connection, what = self._bodies.popleft()
+                connection.taken(what)
             self._connection.close()
 
     def abort(self) -> None:
@@ -284,8 +293,7 @@ class HttpServerStream(Layered):
 
     def _take_bodies(self) -> None:
         while self._bodies and not self._held and not self.is_closed:
-            body, connection = self._bodies.popleft()
-            self.post(body, connection)
+            self.post(*self._bodies.popleft())
 
     def _put(self, data: bytes) -> None:
         if not self._finished:
