@@ -13,12 +13,13 @@ UNLIMITED: Final = 1 << 30  # octets; ssthresh before the first loss
 class NewReno:
     """The congestion window of one connection, in octets."""
 
-    __slots__ = ("_before", "cwnd", "smss", "ssthresh")
+    __slots__ = ("_before", "began_at", "cwnd", "smss", "ssthresh")
 
     def __init__(self, smss: int) -> None:
         self.smss = smss  #: SMSS, sender maximum segment size
         self.cwnd = INITIAL_SEGMENTS * smss  #: octets that may be in flight
         self.ssthresh = UNLIMITED  #: below it slow start, above it congestion avoidance
+        self.began_at = -1.0  #: CUBIC: when the curve began, -1 = with the next ACK that finds the window used
         self._before: tuple[float, ...] = ()  #: what undo() brings back
 
     def acknowledged(self, octets: int, flight_size: int, srtt: float, now: float) -> None:
@@ -27,7 +28,7 @@ class NewReno:
         A window that the sender does not use does not grow (RFC 7661, 4.3.1, in its simplest form).
         """
         if flight_size * 2 < self.cwnd:
-            self.not_limited()
+            self.began_at = -1.0  # time in which the window is not used does not count (RFC 9438, 4.2)
         elif self.cwnd < self.ssthresh:
             self.cwnd += octets  # RFC 3465 with L unlimited: an ACK for a super-segment counts for all of it
         else:
@@ -36,9 +37,6 @@ class NewReno:
     def avoid(self, octets: int, srtt: float, now: float) -> None:
         """Grow in congestion avoidance: by one segment a round trip (RFC 5681, equation 3)."""
         self.cwnd += max(1, self.smss * octets // self.cwnd)
-
-    def not_limited(self) -> None:
-        """Note that it is not the congestion window that limits the sender."""
 
     def lost(self, flight_size: int) -> None:
         """Lower ssthresh after a loss (RFC 5681, equation 4); the caller moves the window there."""
@@ -52,7 +50,7 @@ class NewReno:
     def restart(self) -> None:
         """Begin again with the initial window after an idle time longer than the RTO (RFC 5681, 4.1)."""
         self.cwnd = min(self.cwnd, INITIAL_SEGMENTS * self.smss)
-        self.not_limited()
+        self.began_at = -1.0
 
     def state(self) -> tuple[float, ...]:
         """Return what a loss changes."""

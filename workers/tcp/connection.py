@@ -232,6 +232,7 @@ class Connection:
         nxt = snd.nxt
         before = snd.una
         snd.una = una = seg.ack
+        rtt = self.rtt
         self.events |= ACKED
         self.retries = 0
         sent = snd.sent
@@ -239,13 +240,13 @@ class Connection:
             at = sent.popleft()[1]
             while sent and (una - sent[0][0]) & MASK < HALF:
                 at = sent.popleft()[1]
-            self.rtt.sample(now - at or EPSILON)
-        self.congestion.acknowledged((una - before) & MASK, (nxt - before) & MASK, self.rtt.srtt, now)
+            rtt.sample(now - at or EPSILON)
+        self.congestion.acknowledged((una - before) & MASK, (nxt - before) & MASK, rtt.srtt, now)
         if una == nxt:
             self.rto_at = inf
             self.idle_at = now
         else:
-            self.rto_at = now + (self.rtt.pto if (nxt - una) & MASK > self.smss else self.rtt.rto)
+            self.rto_at = now + (rtt.pto if (nxt - una) & MASK > self.smss else rtt.rto)
 
     def duplicate_ack(self, seg: Segment, now: float) -> None:
         """SND.UNA = SEG.ACK: a duplicate ACK (RFC 5681, 2), or any segment with SACK blocks (RFC 6675, 2)."""

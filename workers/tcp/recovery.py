@@ -290,7 +290,7 @@ class Recovery:
         board = self.board
         if not conn.disorder:
             in_flight = (snd.nxt - snd.una) & MASK
-            if not conn.sack or in_flight <= conn.smss or not conn.rtt.srtt or conn.retries:
+            if not conn.sack or not conn.rtt.srtt or conn.retries or (in_flight <= conn.smss and len(snd.sent) < 2):
                 return False
             self.begin(conn)
             self.probe = conn.retransmit_due = True
@@ -320,7 +320,7 @@ class Recovery:
                 conn.congestion.lost(self.board.nxt - self.board.una)
                 self._undo = 0
         conn.congestion.cwnd = conn.smss
-        conn.congestion.not_limited()
+        conn.congestion.began_at = -1.0
         conn.events |= TIMED_OUT
         conn.rtt.back_off()
         conn.rto_at = now + conn.rtt.rto
