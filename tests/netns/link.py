@@ -60,14 +60,20 @@ class Link:
             self.close()
             raise
 
-    def stop(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """End the link, return what it counted on the way from a to b and on the way back."""
+    def counts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what it counted so far on the way from a to b and on the way back."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        output, _ = self._process.communicate(timeout=10)
-        self.close()
-        there, back = json.loads(output)
+        assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGUSR1)
+        there, back = json.loads(self._process.stdout.readline())
         return there, back
+
+    def pause(self) -> None:
+        """Carry nothing and lose everything until `go_on`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGUSR2)
+
+    go_on = pause
 
     def close(self) -> None:
         """Take the link away, devices and all."""

@@ -8,7 +8,7 @@ that loses some is cut at the gaps, and what is left of it goes on in pieces. Ev
 (delay, doubling, reordering, corruption) befalls whole frames; a link that is to reorder or corrupt is made without
 offloads, so that its frames are single packets whose checksums are complete.
 
-At SIGTERM it prints what it did, as JSON.
+At SIGUSR1 it prints what it has counted, as JSON. SIGUSR2 breaks the link, and mends it.
 """
 
 import heapq
@@ -160,20 +160,28 @@ def ones_sum(data: "bytes | bytearray") -> int:
 
 
 def run(ends: "tuple[int, int]", ways: "tuple[Direction, Direction]") -> None:
-    """Carry frames until SIGTERM."""
-    stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    """Carry frames until killed."""
+    broken = False
+
+    def break_or_mend(*_: object) -> None:
+        nonlocal broken
+        broken = not broken
+
+    signal.signal(signal.SIGUSR1, lambda *_: print(json.dumps([way.report() for way in ways]), flush=True))
+    signal.signal(signal.SIGUSR2, break_or_mend)
+    print("ready", flush=True)
     across = {ends[0]: (ends[1], ways[0]), ends[1]: (ends[0], ways[1])}
     buffer = bytearray(FRAME)
     view = memoryview(buffer)
     waiting: list[tuple[float, int, int, bytes, Direction]] = []  # due at, order, to, frame
     order = 0
     clock = time.monotonic
-    while not stopping:
+    while True:
         now = clock()
         while waiting and waiting[0][0] <= now:
             _, _, to, frame, way = heapq.heappop(waiting)
-            write(to, frame, way)
+            if not broken:
+                write(to, frame, way)
         timeout = max(0.0, waiting[0][0] - now) if waiting else 60.0
         # Not epoll, whose timeout is in whole milliseconds.
         for end in select.select(ends, (), (), timeout)[0]:
@@ -183,6 +191,8 @@ def run(ends: "tuple[int, int]", ways: "tuple[Direction, Direction]") -> None:
                     length = os.readv(end, [buffer])
                 except BlockingIOError:
                     break
+                if broken:
+                    continue
                 now = clock()
                 for delay, frame in way.cross(bytes(view[:length])):
                     if delay:
@@ -202,9 +212,7 @@ def write(to: int, frame: bytes, way: Direction) -> None:
 def main(arguments: "list[str]") -> None:
     a, b, seed = (int(argument) for argument in arguments[:3])
     ways = tuple(Direction(f"{seed}{which}", **json.loads(arguments[3 + which])) for which in (0, 1))
-    print("ready", flush=True)
     run((a, b), ways)
-    print(json.dumps([way.report() for way in ways]), flush=True)
 
 
 if __name__ == "__main__":
