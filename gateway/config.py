@@ -48,6 +48,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     dns_timeout: float = 10.0
     tcp_timeout: float = 7440.0  # RFC 5382, 5: two hours and four minutes
     tcp_half_closed_timeout: float = 7200.0
+    tcp_keepalive: float = 7200.0  # RFC 9293, 3.8.4: not below two hours unless somebody says so
+    tcp_keepalive_interval: float = 60.0  # the last one is not answered before tcp-timeout
+    tcp_keepalive_count: int = 3
     tcp_receive_buffer: int = 4 << 20
     max_flows: int = 65536
     max_pending: int = 1024

@@ -28,6 +28,7 @@ from gateway.keyvalues import (
     read_udp_address,
     read_user,
     seconds,
+    seconds_or_never,
     whole,
 )
 
@@ -149,6 +150,15 @@ KEYS: Final[tuple[Key, ...]] = (
     _duration("dns-timeout", "How long a DNS query waits for its answer."),
     _duration("tcp-timeout", "How long a TCP connection lives without traffic (RFC 5382)."),
     _duration("tcp-half-closed-timeout", "How long a half-closed TCP connection lives without traffic."),
+    Key(
+        "tcp-keepalive",
+        "How long a TCP client may be silent before it is asked whether it is still there; 0 is never.",
+        DURATION_ALLOWED.replace("above 0", "of 0 or more"),
+        seconds_or_never,
+        "TIME",
+    ),
+    _duration("tcp-keepalive-interval", "How long to wait for an answer before it is asked again."),
+    Key("tcp-keepalive-count", "How often it is asked before it is given up.", *whole(1, 100), "N"),
     Key(
         "tcp-receive-buffer",
         "Bytes of one TCP connection that may wait for the proxy; its window starts small and grows up to that.",

@@ -34,6 +34,13 @@ def seconds(raw: object, text: bool = True) -> float:
     return value
 
 
+def seconds_or_never(raw: object, text: bool = True) -> float:
+    """Read a duration that may be 0 as well."""
+    if raw in ("0", "0.0") or (raw == 0 and not isinstance(raw, bool)):
+        return 0.0
+    return seconds(raw, text)
+
+
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _NUMBER: Final = re.compile(r"[0-9]+(\.[0-9]+)?")
 _DURATION_PART: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")

@@ -92,6 +92,7 @@ class Script:
         self._out = Segment()
         self._in_batch = False
         self._delayed_at = inf
+        self._heard_at = START
         self._taken = 0  # octets that the proxy has taken
 
     def run(self) -> None:
@@ -193,6 +194,7 @@ class Script:
             self._output()
             return
         conn = self.conn
+        self._heard_at = self.now
         conn.segment_arrives(seg, memory, self.now)
         joined = conn.take_reassembled() if conn.rcv.pieces is not None else []
         arrived = conn.take_events()
@@ -295,6 +297,9 @@ class Script:
             conn.close()
         elif name == "want_room":
             conn.want_room(self.now)
+        elif name == "keepalive":  # as a sweep does now and then; keepalive(4, 100): after 100 s of silence
+            conn.policy.keepalive = float(arguments[1])
+            conn.keepalive(self._heard_at, self.now)
         elif name == "abort":
             conn.abort()
         else:

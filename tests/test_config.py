@@ -67,6 +67,9 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "dns-timeout": 5.0,
         "tcp-timeout": 300.0,
         "tcp-half-closed-timeout": 60.0,
+        "tcp-keepalive": 0.0,
+        "tcp-keepalive-interval": 30.0,
+        "tcp-keepalive-count": 5,
         "tcp-receive-buffer": 1 << 20,
         "max-flows": 10,
         "max-pending": 11,
@@ -112,6 +115,9 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         ("mtu 1500", "not TOML: Expected '=' after a key"),
         ("tun-dns = [1]", "tun-dns = [1]: allowed is IP addresses"),
         ('udp-timeout = "soon"', "udp-timeout = 'soon': allowed is a time above 0"),
+        ("tcp-keepalive = -1", "tcp-keepalive = -1: allowed is a time of 0 or more and up to 30 days"),
+        ("tcp-keepalive-interval = 0", "tcp-keepalive-interval = 0: allowed is a time above 0"),
+        ("tcp-keepalive-count = 0", "tcp-keepalive-count = 0: allowed is a whole number from 1 to 100"),
         ("tcp-receive-buffer = 65535", "tcp-receive-buffer = 65535: allowed is a size from 64k to 1g"),
         ('tcp-receive-buffer = "2g"', "tcp-receive-buffer = '2g': allowed is a size from 64k to 1g"),
         ('tcp-receive-buffer = "4 MB"', "tcp-receive-buffer = '4 MB': allowed is a size from 64k to 1g"),
@@ -131,6 +137,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "Is a directory" in refused(path=tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'user = "\xe9"')
     assert "not UTF-8 at byte 8" in refused(path=tmp_path / "latin.toml")
+
+
+def test_keepalive_may_be_off(tmp_path: Path) -> None:
+    assert load(None, {"RINGWAY_TCP_KEEPALIVE": "0"}, {}).tcp_keepalive == 0
+    assert load(written(tmp_path, "tcp-keepalive = 0"), {}, {}).tcp_keepalive == 0
+    assert load(None, {}, {"tcp-keepalive": "1h"}).tcp_keepalive == 3600
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ def test_everything_that_is_handed_on():
         dns_timeout=5,
         tcp_timeout=6,
         tcp_half_closed_timeout=8,
+        tcp_keepalive=20,
+        tcp_keepalive_interval=21,
+        tcp_keepalive_count=22,
         tcp_receive_buffer=70_000,
         max_flows=9,
         max_pending=10,
@@ -51,6 +54,7 @@ def test_everything_that_is_handed_on():
     timeouts = ("connect_timeout", "udp_timeout", "dns_timeout", "tcp_timeout", "tcp_half_closed_timeout")
     assert [getattr(settings, name) for name in timeouts] == [3, 4, 5, 6, 8]
     assert settings.tcp_receive_buffer == 70_000
+    assert (settings.tcp_keepalive, settings.tcp_keepalive_interval, settings.tcp_keepalive_count) == (20, 21, 22)
     assert settings.congestion == "newreno"
     assert (settings.max_flows, settings.max_pending, settings.max_associations) == (9, 10, 11)
     assert (settings.udp_address, settings.public_only, settings.early_accept) == ("peer", True, True)

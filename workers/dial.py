@@ -54,14 +54,15 @@ REFUSED_ERRNO: Final = {
 class Dial:
     """A flow whose connection to the proxy does not stand yet."""
 
-    __slots__ = ("_buffer", "_handshake", "_relay", "_socket", "flows", "key", "packet", "pending", "syn")
+    __slots__ = ("_buffer", "_handshake", "_iss", "_relay", "_socket", "flows", "key", "packet", "pending", "syn")
 
-    def __init__(self, flows: TcpFlows, key: bytes, syn: Segment, packet: bytes) -> None:
-        """Keep the SYN (the object becomes the dial's) and its packet, which an ICMP error would quote."""
+    def __init__(self, flows: TcpFlows, key: bytes, syn: Segment, packet: bytes, iss: int) -> None:
+        """Keep the SYN (the object becomes the dial's), its packet, which an ICMP error would quote, and our ISS."""
         self.flows = flows
         self.key = key
         self.packet = packet
         self.syn = syn
+        self._iss = iss
         self.pending = False  #: it counts among the flows' pending ones
         self._handshake: Handshake | None = None
         self._socket: socket.socket | None = None
@@ -141,7 +142,7 @@ class Dial:
         version, client, mss = (4, key[:4], flows.mss4) if len(key) == 12 else (6, key[:16], flows.mss6)
         syn = self.syn
         syn.mss = min(syn.mss or DEFAULT_MSS, flows.icmp_errors.mss_towards(client, now))
-        conn = Connection(syn, flows.initial_sequence_number(key, now), mss, flows.policy)
+        conn = Connection(syn, self._iss, mss, flows.policy)
         headers = Headers(version, reply_addresses(key), conn.smss, conn.timestamps)
         flows.table[key] = relay = Relay(flows, key, conn, headers, ProxySocket(flows, self), now)
         return relay

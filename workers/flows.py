@@ -21,13 +21,12 @@ from workers.icmperrors import IcmpErrors
 from workers.public import is_public
 from workers.relay import Relay
 from workers.socks.wire import ProtocolError
-from workers.tcp.connection import Connection
 from workers.tcp.cubic import CONTROLS
-from workers.tcp.events import ENDED
 from workers.tcp.limits import CHALLENGES
 from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
-from workers.tcp.sequence import HALF, MASK
+from workers.tcp.sequence import MASK
+from workers.timewait import TimeWait
 from workers.wire.checksum import pseudo_sum, verify
 from workers.wire.tcp import HEADER, USUAL_TIMESTAMPS, Headers, reply_addresses
 from workers.wire.vnet import TRUSTED
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 CONTROL: Final = SYN | ACK | RST | FIN
 SYNS_A_BREATH: Final = 64  #: new flows of one batch; flows that run come first, a SYN beyond comes again after 1 s
-TIME_WAIT_SECONDS: Final = 60.0  # Linux TCP_TIMEWAIT_LEN; RFC 9293 says 2 × 2 minutes
 MAX_TIME_WAIT: Final = 8192  #: connections in TIME-WAIT of one worker; the oldest goes first
 SWEEP_SECONDS: Final = 15.0  #: between two looks at all flows for idle ones
 RETRY_SECONDS: Final = 0.01  #: between two looks for a frame that an acknowledgement has freed
@@ -56,41 +54,6 @@ class Flow(Protocol):
 
     def gives_way(self, syn: Segment) -> bool:
         """Say whether a SYN begins a new connection in its place."""
-
-
-class TimeWait:
-    """A connection in TIME-WAIT: it acknowledges again what comes again."""
-
-    __slots__ = ("conn", "flows", "headers", "key")
-
-    def __init__(self, flows: TcpFlows, key: bytes, conn: Connection, headers: Headers) -> None:
-        self.flows = flows
-        self.key = key
-        self.conn = conn
-        self.headers = headers
-
-    def gives_way(self, syn: Segment) -> bool:
-        """Say whether a SYN is newer than all of this connection (RFC 9293, 3.10.7.4; RFC 6191)."""
-        conn = self.conn
-        newer = (syn.seq - conn.rcv.nxt) & MASK < HALF
-        if conn.timestamps and syn.ts_present:
-            later = (syn.ts_val - conn.ts_recent) & MASK
-            return 0 < later < HALF or (newer and not later)
-        return newer
-
-    def segment_arrives(self, seg: Segment, now: float) -> None:
-        """Answer what is left of the old connection."""
-        conn = self.conn
-        flows = self.flows
-        conn.segment_arrives(seg, flows.port.rx, now)
-        if conn.take_events() & ENDED:  # by RST
-            flows.remove(self.key, self)
-        while conn.segment_to_send(flows.out, now):
-            flows.transmit(self.headers, flows.out)
-
-    def abort(self, now: float) -> None:
-        """Nothing is left to reset."""
-        self.flows.remove(self.key, self)
 
 
 class TcpFlows:
@@ -115,6 +78,9 @@ class TcpFlows:
             lambda: CHALLENGES // 2 + randbelow(CHALLENGES),
             CONTROLS[settings.congestion],
         )
+        self.policy.keepalive = settings.tcp_keepalive
+        self.policy.keepalive_interval = settings.tcp_keepalive_interval
+        self.policy.keepalive_count = settings.tcp_keepalive_count
         self.table: dict[bytes, Flow] = {}
         self.out = Segment()  #: filled by each connection in turn
         self.acks: list[Relay] = []  #: flows that may owe a pure ACK at the end of the batch
@@ -126,7 +92,8 @@ class TcpFlows:
         self._syns: list[tuple[bytes, bytes, Segment]] = []  # flow, packet, SYN
         self.pending = 0  #: flows whose proxy is not connected; each dial keeps it true
         self._connecting: deque[tuple[float, Dial]] = deque()  #: by connect deadline, with those that are done
-        self._time_wait: deque[tuple[float, TimeWait]] = deque()  #: by end, with those that were replaced
+        #: by end, with those that were replaced or have begun anew
+        self._time_wait: deque[tuple[float, TimeWait]] = deque()
         self._waiting = 0  #: flows of the table that are in TIME-WAIT
         self.icmp_errors = IcmpErrors(self)
         self._secret = os.urandom(16)
@@ -222,13 +189,15 @@ class TcpFlows:
             syns, self._syns = self._syns, []
             for key, packet, syn in syns[:SYNS_A_BREATH]:
                 old = self.table.get(key)
+                iss = self.initial_sequence_number(key, now)
                 if isinstance(old, TimeWait):
+                    iss = old.iss_behind(iss)
                     self.remove(key, old)
                 elif old is not None:
                     if isinstance(old, Dial) and old.gives_way(syn):
                         old.begin_anew(syn, packet)
                     continue  # else the same SYN twice in one batch
-                self._begin(key, packet, syn, now)
+                self._begin(key, packet, syn, iss, now)
             if len(syns) > SYNS_A_BREATH:
                 self.count[counts.TCP_SYN_DROPPED_PENDING] += len(syns) - SYNS_A_BREATH
         if self.acks:
@@ -257,10 +226,10 @@ class TcpFlows:
                 dial.timed_out(now)
         waiting = self._time_wait
         while waiting and (waiting[0][0] <= now or len(waiting) > MAX_TIME_WAIT):
-            if waiting[0][0] > now:
-                self.count[counts.TCP_TIME_WAIT_OVERFLOW] += 1
-            old = waiting.popleft()[1]
-            self.remove(old.key, old)
+            ends_at, old = waiting.popleft()
+            if old.ends_at == ends_at and self.table.get(old.key) is old:
+                self.count[counts.TCP_TIME_WAIT_OVERFLOW] += ends_at > now
+                self.remove(old.key, old)
         if now >= self._sweep_at:
             self._sweep(now)
 
@@ -286,22 +255,26 @@ class TcpFlows:
         return at
 
     def _sweep(self, now: float) -> None:
-        """Abort the flows that have been idle for too long."""
+        """Abort the flows that have been idle for too long, and ask clients that say nothing whether they are there."""
         settings = self._settings
+        keepalive = self.policy.keepalive or inf
         for flow in list(self.table.values()):
             if isinstance(flow, Relay):
                 limit = settings.tcp_half_closed_timeout if flow.half_closed else settings.tcp_timeout
-                if now - flow.active_at > limit:
+                idle = now - flow.active_at
+                if idle > limit:
                     self.count[counts.TCP_IDLE_TIMEOUTS] += 1
                     flow.abort(now)
+                elif idle >= keepalive:
+                    flow.keepalive(now)
         self._sweep_at = now + SWEEP_SECONDS if self.table else inf
 
     # ── flows begin and end ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin(self, key: bytes, packet: bytes, syn: Segment, now: float) -> None:
+    def _begin(self, key: bytes, packet: bytes, syn: Segment, iss: int, now: float) -> None:
         """Dial for a SYN, unless it must be refused or dropped."""
         settings = self._settings
-        if len(self.table) >= settings.max_flows:
+        if len(self.table) - self._waiting >= settings.max_flows:
             self.count[counts.TCP_SYN_DROPPED_FLOWS] += 1
             return
         if self.pending >= settings.max_pending:
@@ -319,7 +292,7 @@ class TcpFlows:
             syn.mss = max(syn.mss, MIN_MSS)
         elif len(key) == 36:
             syn.mss = DEFAULT_MSS6
-        dial = Dial(self, key, syn, packet)
+        dial = Dial(self, key, syn, packet, iss)
         try:
             dial.start(now)
         except OSError:
@@ -333,12 +306,12 @@ class TcpFlows:
         """Count what a proxy answered that is no answer, or that refuses us."""
         self.count[counts.PROXY_AUTH_FAILED if self.upstream.broken(error) else counts.PROXY_PROTOCOL_ERRORS] += 1
 
-    def wait(self, relay_key: bytes, conn: Connection, headers: Headers, now: float) -> None:
-        """Put TIME-WAIT in the place of a flow that has ended."""
-        waiting = TimeWait(self, relay_key, conn, headers)
-        self.table[relay_key] = waiting
-        self._waiting += 1
-        self._time_wait.append((now + TIME_WAIT_SECONDS, waiting))
+    def wait(self, waiting: TimeWait) -> None:
+        """Put TIME-WAIT in the place of a flow that has ended, or begin its time anew."""
+        if self.table.get(waiting.key) is not waiting:
+            self.table[waiting.key] = waiting
+            self._waiting += 1
+        self._time_wait.append((waiting.ends_at, waiting))
 
     def remove(self, key: bytes, flow: Flow) -> None:
         """Take a flow out of the table, if it is (still) the one that stands there."""

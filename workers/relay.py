@@ -39,6 +39,7 @@ from workers.tcp.events import (
 )
 from workers.tcp.segment import Segment
 from workers.tcp.states import SYN_RECEIVED, TIME_WAIT
+from workers.timewait import TimeWait
 from workers.unacked import Unacked
 from workers.wire.tcp import Headers
 
@@ -371,6 +372,14 @@ class Relay:
         self._wake_at = self.conn.deadline
         self.flows.timers.call_at(self._wake_at, self.wake)
 
+    def keepalive(self, now: float) -> None:
+        """See whether the client must be asked if it is there."""
+        conn = self.conn
+        conn.keepalive(self.active_at, now)
+        events = conn.take_events()
+        if not (events and self._handle(events, self.flows.out, now)):
+            self._output(now)
+
     def wake(self, now: float) -> None:
         """Run the connection's timers."""
         if now < self._wake_at:
@@ -419,6 +428,6 @@ class Relay:
         self._readable = False
         self._wake_at = inf
         if self.conn.state == TIME_WAIT:
-            self.flows.wait(self.key, self.conn, self.headers, now)
+            self.flows.wait(TimeWait(self.flows, self.key, self.conn, self.headers, now))
         else:
             self.flows.remove(self.key, self)

@@ -29,6 +29,9 @@ class Settings:
     dns_timeout: float = 10.0
     tcp_timeout: float = 7440.0
     tcp_half_closed_timeout: float = 7200.0
+    tcp_keepalive: float = 7200.0  #: seconds of silence; 0 = never
+    tcp_keepalive_interval: float = 60.0
+    tcp_keepalive_count: int = 3
     tcp_receive_buffer: int = 4 << 20  #: octets
     max_flows: int = 65536  #: TCP flows of one worker
     max_pending: int = 1024  #: TCP flows of one worker whose proxy connection is not there yet

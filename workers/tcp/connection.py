@@ -67,10 +67,12 @@ class Connection:
         "disorder",
         "events",
         "idle_at",
+        "keepalives",
         "persist_at",
         "pingpong",
         "policy",
         "probe_due",
+        "probed_at",
         "rcv",
         "recovery",
         "reset_due",
@@ -126,6 +128,8 @@ class Connection:
         self.reset_due = False
         self.retransmit_due = False
         self.probe_due = False
+        self.keepalives = 0  #: probes in a row that nothing has answered
+        self.probed_at = 0.0  #: when the last of them went out
 
     # ── user calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -340,6 +344,27 @@ class Connection:
             self.syn_due = True
         else:
             self.needs_recovery().timed_out(self, now)
+
+    def keepalive(self, heard_at: float, now: float) -> None:
+        """Probe a peer of which nothing was heard since `heard_at`, and give up one that does not answer.
+
+        To be called now and then; it does nothing before its time, nor while something is in flight: retransmissions
+        and window probes find out as well (RFC 9293, 3.8.4).
+        """
+        policy = self.policy
+        if now - heard_at < policy.keepalive or self.snd.una != self.snd.nxt or self.deadline != inf:
+            return
+        if self.probed_at < heard_at:
+            self.keepalives = 0
+        elif self.keepalives and now - self.probed_at < policy.keepalive_interval:
+            return
+        if self.keepalives >= policy.keepalive_count:
+            self.reset_due = True
+            self.end(GAVE_UP)
+            return
+        self.keepalives += 1
+        self.probed_at = now
+        self.probe_due = True
 
     def delayed_ack_timeout(self) -> None:
         """Send the ACK that waited in vain for data to ride on; the next one does not wait."""

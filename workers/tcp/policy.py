@@ -11,7 +11,19 @@ from workers.tcp.limits import CHALLENGES, FIRST_BUFFER, GROWN_FLOWS, RECEIVE_BU
 class Policy:
     """One for each worker; the numbers that change are changed by its connections."""
 
-    __slots__ = ("_challenges", "_second", "congestion", "count", "growth", "quota", "receive_buffer", "scale")
+    __slots__ = (
+        "_challenges",
+        "_second",
+        "congestion",
+        "count",
+        "growth",
+        "keepalive",
+        "keepalive_count",
+        "keepalive_interval",
+        "quota",
+        "receive_buffer",
+        "scale",
+    )
 
     def __init__(
         self,
@@ -26,6 +38,9 @@ class Policy:
         find out from it what others got (CVE-2016-5696).
         """
         self.congestion = congestion
+        self.keepalive = 0.0  #: seconds without a segment before the peer is probed (RFC 9293, 3.8.4); 0 = never
+        self.keepalive_interval = 60.0  #: seconds between two probes
+        self.keepalive_count = 3  #: probes without an answer after which the peer is gone
         self.count = [0] * len(counts.NAMES) if count is None else count
         self.receive_buffer = receive_buffer
         #: Rcv.Wind.Shift that we announce (RFC 7323): the whole buffer can be said in 16 bits
