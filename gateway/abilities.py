@@ -28,6 +28,8 @@ PIPELINED_PATIENCE: Final = 2.0  #: the same for a handshake that some servers h
 GIVE_UP: Final = 60.0  #: seconds after which the child is killed: far above what all questions may take
 AT_MOST_EVERY: Final = 30.0  #: seconds between two probes because UDP was refused
 
+#: what workers report of it
+ABILITY_EVENTS: Final = ("udp-failed", "udp-found", "pipelining-failed")
 DEFAULT_RESOLVER: Final = "8.8.8.8"  #: asked through a tunnel where tun-dns names none; any answer proves it
 
 Fork = Callable[[str, Callable[[Channel], None]], Child]
@@ -41,9 +43,12 @@ class AbilityProbe:
         loop: EventLoop,
         fork: Fork,
         find: Callable[[], dict[str, Any]],
-        on_found: Callable[[dict[str, Any]], None],
+        on_found: Callable[[str, bool], None],
     ) -> None:
-        """`find` is find_abilities with its arguments, called in the child that `fork` makes."""
+        """`find` is find_abilities with its arguments, called in the child that `fork` makes.
+
+        `on_found` gets the mode of UDP, and whether handshakes may be pipelined.
+        """
         self._loop = loop
         self._fork = fork
         self._find = find
@@ -52,6 +57,9 @@ class AbilityProbe:
         self._again = False
         self._started_at = -AT_MOST_EVERY
         self._timer: Timer | None = None
+        self._udp = ""
+        self._pipelined = False
+        self._cannot_pipeline = False  # a worker has seen it fail
 
     def start(self) -> None:
         """Ask now, or once more when the answer that is on its way has come."""
@@ -69,9 +77,18 @@ class AbilityProbe:
         self._loop.register(child.pidfd, lambda: self._finish(child))
         self._timer = self._loop.call_later(GIVE_UP, child.kill)
 
-    def refused(self) -> None:
-        """Ask again because the proxy refused UDP, but not all the time."""
-        if self._child is None and time.monotonic() - self._started_at >= AT_MOST_EVERY:
+    def learned(self, message: Message) -> None:
+        """Take what a worker learned, one of ABILITY_EVENTS; it knows better than an older probe."""
+        event = message["event"]
+        if event == "udp-found":
+            self._found(str(message["udp"]), self._pipelined)
+        elif event == "pipelining-failed":
+            # What takes a probe's handshake in one go may be one server of several.
+            if not self._cannot_pipeline:
+                log.warning("the proxy did not take a pipelined handshake; from now on it is asked step by step")
+            self._cannot_pipeline = True
+            self._found(self._udp, False)
+        elif self._child is None and time.monotonic() - self._started_at >= AT_MOST_EVERY:
             self.start()
 
     def close(self) -> None:
@@ -105,9 +122,16 @@ class AbilityProbe:
         child.close()
         self._child = None
         if found and "udp" in found:
-            self._on_found(found)
+            self._found(str(found["udp"]), bool(found["pipelined"]))
         if self._again:
             self.start()
+
+    def _found(self, udp: str, pipelined: bool) -> None:
+        if udp and udp != self._udp:
+            log.info("datagrams go to the proxy %s", modes.WORDS.get(udp, udp))
+        self._udp = udp
+        self._pipelined = pipelined and not self._cannot_pipeline
+        self._on_found(self._udp, self._pipelined)
 
 
 def find_abilities(

@@ -8,7 +8,6 @@ import dpkt
 from gateway.conversation import Address, Conversation, ProbeError, Silence
 from gateway.proxyurl import ProxyUrl
 from workers.socks import modes
-from workers.socks.client import SocksHandshake
 from workers.socks.handshake import Handshake
 from workers.socks.wire import REPLY_TEXT, Host, datagram_header_length, write_datagram_header
 from workers.upstream import handshakes
@@ -35,7 +34,6 @@ class Caller:
         self.zeros = bytes(16 if self.family == socket.AF_INET6 else 4)
         self.is_socks5 = proxy.scheme in ("socks5", "socks5h")
         self.marks = fwmark, interface
-        self._handshake = handshakes(proxy.scheme, proxy.username or None, proxy.password or None)
 
     def talk(self) -> Conversation:
         """Open a connection."""
@@ -43,11 +41,8 @@ class Caller:
 
     def handshake(self, command: int, host: Host, port: int, pipelined: bool = False) -> Handshake:
         """Make a handshake as the workers do; `pipelined`: SOCKS5, all in one go."""
-        if pipelined:
-            return SocksHandshake(
-                command, host, port, self.proxy.username or None, self.proxy.password or None, pipelined=True
-            )
-        return self._handshake(command, host, port)
+        proxy = self.proxy
+        return handshakes(proxy.scheme, proxy.username or None, proxy.password or None, pipelined)(command, host, port)
 
     def granted(self, talk: Conversation, handshake: Handshake, what: str) -> None:
         """Go through a handshake. ProbeError: it breaks, or the proxy says no."""

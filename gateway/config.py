@@ -60,6 +60,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     udp_warm: int = 1
     block_quic: bool = False
     udp_mode: Literal["auto", "udp", "gost", "hev", "uot"] = "auto"
+    pipelined_handshake: Literal["auto", "yes", "no"] = "auto"
+    tcp_fast_open: bool = False
     udp_address: str = "auto"
     early_accept: bool = False
     congestion: Literal["cubic", "newreno"] = "cubic"

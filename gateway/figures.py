@@ -23,6 +23,7 @@ def status(
     device: "Device",
     proxy: str,
     udp: dict[str, str],
+    pipelined: bool,
     placement: str,
     started_at: float,
     processes: "list[Process]",
@@ -30,7 +31,7 @@ def status(
 ) -> dict[str, Any]:
     """Return the answer to `status`; `proxy` is shown as it is, without its password, `started_at` is monotonic.
 
-    `udp` holds the "mode" of the configuration, and what was "found" for auto.
+    `udp` holds the "mode" of the configuration, and what was "found" for auto; `pipelined`: handshakes go in one go.
     """
     words = counters.snapshot()
     return {
@@ -39,6 +40,7 @@ def status(
         "device": {"name": device.name, "mtu": device.mtu, "features": feature_names(device.features)},
         "proxy": proxy,
         "udp": udp,
+        "pipelined": pipelined,
         "placement": placement,
         "processes": [
             {"role": "supervisor", "shard": None, "state": "running", "restarts": 0} | process_figures(os.getpid()),

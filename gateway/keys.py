@@ -207,6 +207,21 @@ KEYS: Final[tuple[Key, ...]] = (
         "MODE",
     ),
     Key(
+        "pipelined-handshake",
+        "Send a SOCKS5 proxy method, password and request in one go, which saves a round trip or two: yes, no, or "
+        "auto: if it was seen to take that.",
+        *names("auto", "yes", "no"),
+        "WHEN",
+    ),
+    Key(
+        "tcp-fast-open",
+        "Let the first octets to the proxy ride in the SYN (RFC 7413); of use with a pipelined handshake.",
+        BOOLEAN_ALLOWED,
+        read_boolean,
+        "BOOL",
+        boolean=True,
+    ),
+    Key(
         "udp-address",
         "Where datagrams go after UDP ASSOCIATE: auto, peer (the proxy), as-told (by it), or an address.",
         "auto, peer, as-told or an IP address",

@@ -51,6 +51,8 @@ def settings_from(config: "Config", mtu: int, addresses: list[tuple[str, int]]) 
         udp_warm=config.udp_warm,
         block_quic=config.block_quic,
         udp_mode=config.udp_mode,
+        pipelined=config.pipelined_handshake == "yes",
+        tcp_fast_open=config.tcp_fast_open,
         udp_address=config.udp_address,
         early_accept=config.early_accept,
         congestion=config.congestion,

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from setproctitle import setproctitle
 
-from gateway.abilities import DEFAULT_RESOLVER, AbilityProbe, find_abilities
+from gateway.abilities import ABILITY_EVENTS, DEFAULT_RESOLVER, AbilityProbe, find_abilities
 from gateway.config import Config, control_path
 from gateway.control import AlreadyRunning, ControlError, ControlServer
 from gateway.cpus import usable_cpus
@@ -143,22 +144,19 @@ class Supervisor:
         self._lookup = lookup
         lookup.begin()
         udp = config.udp_mode == modes.AUTO and proxy.scheme in modes.DIALECTS_OF
-        if udp:
-            abilities = AbilityProbe(
-                self._loop,
-                self._fork_probe,
-                lambda: find_abilities(
-                    proxy,
-                    lookup.addresses,
-                    timeout=config.connect_timeout,
-                    resolver=next(iter(config.tun_dns), DEFAULT_RESOLVER),
-                    udp=udp,
-                    pipelined=False,
-                    fwmark=config.fwmark,
-                    interface=config.interface,
-                ),
-                self._found_abilities,
+        pipelined = config.pipelined_handshake == "auto" and proxy.scheme in ("socks5", "socks5h")
+        if udp or pipelined:
+            find = partial(
+                find_abilities,
+                proxy,
+                timeout=config.connect_timeout,
+                resolver=next(iter(config.tun_dns), DEFAULT_RESOLVER),
+                udp=udp,
+                pipelined=pipelined,
+                fwmark=config.fwmark,
+                interface=config.interface,
             )
+            abilities = AbilityProbe(self._loop, self._fork_probe, lambda: find(lookup.addresses), self._use_abilities)
             self._private.append(abilities)
             undo.callback(abilities.close)
             self._abilities = abilities
@@ -271,10 +269,8 @@ class Supervisor:
             self._health.is_up()
         elif event == "proxy-error":
             self._health.answers_wrong(printable(message.get("text", "")))
-        elif event == "udp-failed" and self._abilities is not None:
-            self._abilities.refused()
-        elif event == "udp-found":
-            self._found_abilities(message)
+        elif event in ABILITY_EVENTS and self._abilities is not None:
+            self._abilities.learned(message)
 
     def _watch_device(self) -> None:
         """Look now and then: to wait for its end in epoll would make each of its packets a little slower."""
@@ -301,13 +297,11 @@ class Supervisor:
         if self._abilities is not None:
             self._abilities.start()
 
-    def _found_abilities(self, found: Message) -> None:
-        settings = self._setup.settings
-        udp = str(found["udp"])
-        if udp != settings.udp_found:
-            log.info("datagrams go to the proxy %s", modes.WORDS.get(udp, udp))
-        self._setup = replace(self._setup, settings=replace(settings, udp_found=udp))
-        self._tell_workers({"do": "proxy-abilities", "udp": udp})
+    def _use_abilities(self, udp: str, pipelined: bool) -> None:
+        pipelined = pipelined or self.config.pipelined_handshake == "yes"
+        settings = replace(self._setup.settings, udp_found=udp, pipelined=pipelined)
+        self._setup = replace(self._setup, settings=settings)
+        self._tell_workers({"do": "proxy-abilities", "udp": udp, "pipelined": pipelined})
 
     def _tell_workers(self, message: Message) -> None:
         receivers = tuple(process.role.name for process in self._tree.processes if process.role.keeps_upstream_rights)
@@ -321,6 +315,7 @@ class Supervisor:
             device=self._device,
             proxy=str(self._proxy),
             udp={"mode": self.config.udp_mode, "found": self._setup.settings.udp_found},
+            pipelined=self._setup.settings.pipelined,
             placement=self.config.placement,
             started_at=self._started_at,
             processes=self._tree.processes,

@@ -112,13 +112,23 @@ def test_a_child_asks_and_is_asked_again():
             asked += 1
             return fork_child(label, main, let_go=loop.close_in_child)
 
-        probe = AbilityProbe(loop, fork, lambda: {"udp": "udp", "pipelined": os.getpid() > 0}, found.append)
+        def on_found(udp, pipelined):
+            found.append((udp, pipelined))
+
+        probe = AbilityProbe(loop, fork, lambda: {"udp": "udp", "pipelined": os.getpid() > 0}, on_found)
         probe.start()
         probe.start()  # while one runs: one more when it is done
-        probe.refused()
+        probe.learned({"event": "udp-failed"})
         while len(found) < 2:
             loop.run_once(5.0)
-        assert found == [{"udp": "udp", "pipelined": True}] * 2
-        probe.refused()  # too soon
+        assert found == [("udp", True)] * 2
+        probe.learned({"event": "udp-failed"})  # too soon
         assert asked == 2
+        probe.learned({"event": "udp-found", "udp": "gost-v1"})
+        probe.learned({"event": "pipelining-failed"})
+        assert found[2:] == [("gost-v1", True), ("gost-v1", False)]
+        probe.start()
+        while len(found) < 5:
+            loop.run_once(5.0)
+        assert found[4] == ("udp", False)  # the worker's word counts
         probe.close()

@@ -79,6 +79,8 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "udp-warm": 3,
         "block-quic": True,
         "udp-mode": "udp",
+        "pipelined-handshake": "no",
+        "tcp-fast-open": True,
         "udp-address": "as-told",
         "early-accept": True,
         "congestion": "newreno",

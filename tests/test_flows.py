@@ -329,6 +329,75 @@ def test_a_proxy_that_is_none(garbage):
         assert not proxy.one.table
 
 
+@pytest.mark.parametrize("fast_open", [False, True])
+@pytest.mark.parametrize("piece", [1, 1000])
+def test_a_pipelined_handshake_is_one_message(piece, fast_open):
+    with closing(Proxy(tail=b"220 hello\r\n", pipelined=True, tcp_fast_open=fast_open)) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 25))
+        client.syn()
+        upstream, _ = proxy.listening.accept()
+        with upstream:
+            upstream.setblocking(False)
+            assert received(proxy.one, upstream, 13) == b"\x05\x01\x00\x05\x01\x00\x01\xc0\x00\x02\x07\x00\x19"
+            stream = b"\x05\x00" + proxy.reply
+            for start in range(0, len(stream), piece):
+                upstream.sendall(stream[start : start + piece])
+                proxy.one.settle()
+            assert client.answer().flags == SYN | ACK
+            client.acknowledge()
+            assert client.read(11) == b"220 hello\r\n"
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x05\xff", b"\x05\x02"])
+def test_a_proxy_that_loses_what_is_pipelined_is_asked_again_step_by_step(answer):
+    with closing(Proxy(pipelined=True)) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 25))
+        client.syn()
+        refused, _ = proxy.listening.accept()
+        proxy.one.settle()
+        refused.sendall(answer)
+        refused.shutdown(socket.SHUT_WR)
+        proxy.one.settle()
+        upstream, _ = proxy.listening.accept()
+        with refused, upstream:
+            upstream.setblocking(False)
+            assert received(proxy.one, upstream, 3) == b"\x05\x01\x00"
+            upstream.sendall(b"\x05\x00")
+            assert received(proxy.one, upstream, 10)[:3] == b"\x05\x01\x00"
+            upstream.sendall(proxy.reply)
+            assert client.answer().flags == SYN | ACK
+            following = RawClient(proxy.one, ("192.0.2.7", 25), port=40001)
+            following.syn()
+            lockstep, _ = proxy.listening.accept()
+            with lockstep:
+                proxy.one.settle()
+                assert lockstep.recv(100) == b"\x05\x01\x00"
+
+
+def test_a_proxy_that_hangs_on_what_is_pipelined_costs_one_timeout():
+    with closing(Proxy(pipelined=True)) as proxy:
+        client = RawClient(proxy.one, ("192.0.2.7", 25))
+        client.syn()
+        upstream, _ = proxy.listening.accept()
+        with upstream:
+            proxy.one.settle()
+            proxy.one.skip(5.1)
+            assert client.answer().flags == RST | ACK
+        assert not proxy.one.worker.upstream.pipelined
+
+
+def test_fast_open_is_set_and_a_closed_port_is_seen():
+    proxy = Proxy(pipelined=True, tcp_fast_open=True)
+    with closing(proxy.one.worker.upstream.open(socket.AF_INET, socket.SOCK_STREAM)) as opened:
+        assert opened.getsockopt(socket.IPPROTO_TCP, 30) == 1
+    proxy.listening.close()
+    client = RawClient(proxy.one, ("192.0.2.7", 25))
+    client.syn()
+    assert client.answer().flags == RST | ACK
+    assert proxy.one.counted(counts.PROXY_UNREACHABLE) == 1
+    proxy.one.close()
+
+
 class OtherProxy(Proxy):
     """A proxy by hand that is asked once and answers once."""
 

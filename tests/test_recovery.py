@@ -1,4 +1,4 @@
-"""Loss recovery against whatever a peer may say: the scoreboard stays consistent, and an honest peer gets everything."""
+"""Loss recovery against whatever a peer may say: the scoreboard stays consistent; an honest peer gets everything."""
 
 from math import inf
 

@@ -162,3 +162,42 @@ def test_the_longest_answer_byte_by_byte():
         assert len(socks._held) <= 261
     assert outcome(socks) == (True, 0, ("x" * 255, 443), b"")
     assert len(answer) == 262
+
+
+@pytest.mark.parametrize(
+    ("credentials", "offered"), [((None, None), b"\x05\x01\x00"), (("me", "pw"), b"\x05\x01\x02\x01\x02me\x02pw")]
+)
+@given(cuts=st.lists(st.integers(1, 4), max_size=10))
+def test_pipelined_all_goes_out_at_once_and_answers_come_in_any_pieces(credentials, offered, cuts):
+    socks = SocksHandshake(CONNECT, *TARGET, credentials[0], credentials[1], pipelined=True)
+    assert socks.first_bytes == offered + REQUEST
+    assert socks.requested
+    stream = (b"\x05\x02\x01\x00" if credentials[0] else b"\x05\x00") + GRANTED + b"220"
+    at = 0
+    for cut in [*cuts, len(stream)]:
+        assert socks.receive(stream[at : at + cut]) == b""
+        at += cut
+    assert outcome(socks) == (True, 0, (b"\x7f\x00\x00\x01", 8080), b"220")
+
+
+def test_pipelined_one_method_is_offered_and_no_other_taken():
+    socks = SocksHandshake(CONNECT, *TARGET, "me", "pw", pipelined=True)
+    with pytest.raises(ProtocolError) as caught:
+        socks.receive(b"\x05\x00")
+    assert caught.value.reason == "method-not-offered"
+
+
+@pytest.mark.parametrize("credentials", [(), ("me", "pw")])
+def test_a_warm_connection_stops_before_its_request(credentials):
+    socks = SocksHandshake.warm(*credentials)
+    if credentials:
+        assert socks.receive(b"\x05\x02") == b"\x01\x02me\x02pw"
+        assert not socks.ready
+        assert socks.receive(b"\x01\x00") == b""
+    else:
+        assert socks.receive(b"\x05\x00") == b""
+    assert socks.ready and not socks.requested
+    socks.ask(CONNECT, *TARGET)
+    assert socks.first_bytes == REQUEST
+    assert socks.receive(GRANTED) == b""
+    assert outcome(socks) == (True, 0, (b"\x7f\x00\x00\x01", 8080), b"")

@@ -54,7 +54,19 @@ REFUSED_ERRNO: Final = {
 class Dial:
     """A flow whose connection to the proxy does not stand yet."""
 
-    __slots__ = ("_buffer", "_handshake", "_iss", "_relay", "_socket", "flows", "key", "packet", "pending", "syn")
+    __slots__ = (
+        "_buffer",
+        "_handshake",
+        "_heard",
+        "_iss",
+        "_relay",
+        "_socket",
+        "flows",
+        "key",
+        "packet",
+        "pending",
+        "syn",
+    )
 
     def __init__(self, flows: TcpFlows, key: bytes, syn: Segment, packet: bytes, iss: int) -> None:
         """Keep the SYN (the object becomes the dial's), its packet, which an ICMP error would quote, and our ISS."""
@@ -66,6 +78,7 @@ class Dial:
         self.pending = False  #: it counts among the flows' pending ones
         self._handshake: Handshake | None = None
         self._socket: socket.socket | None = None
+        self._heard = False  # the proxy has said something that makes sense
         self._relay: Relay | None = None  # with early-accept it is there from the start
         self._buffer = 0  # what its receive buffer would be
 
@@ -92,12 +105,7 @@ class Dial:
         """Open the socket and begin to connect. OSError: there is no descriptor left; nothing was begun."""
         flows = self.flows
         upstream = flows.upstream
-        key = self.key
-        if len(key) == 12:
-            family, host = socket.AF_INET, key[4:8]
-        else:
-            family, host = socket.AF_INET6, key[16:32]
-        port = key[-2] << 8 | key[-1]
+        family, host, port = self._destination()
         if upstream.direct:
             target = (socket.inet_ntop(family, host), port)
         else:
@@ -115,12 +123,40 @@ class Dial:
             self._failed(errno.EAFNOSUPPORT, now)
             return
         self._begin(now)
+        self._connect(opened, target, now)
+
+    def _destination(self) -> tuple[int, bytes, int]:
+        """Return family, packed address and port."""
+        key = self.key
+        if len(key) == 12:
+            return socket.AF_INET, key[4:8], key[10] << 8 | key[11]
+        return socket.AF_INET6, key[16:32], key[34] << 8 | key[35]
+
+    def _connect(self, opened: socket.socket, target: tuple[str, int], now: float) -> None:
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = opened.connect_ex(target)
         if error and error != errno.EINPROGRESS:
             self._failed(error, now)
             return
-        flows.watch(opened.fileno(), EVERYTHING, self.connected)
+        self.flows.watch(opened.fileno(), EVERYTHING, self.connected)
+
+    def _ask_again(self, now: float) -> bool:
+        """Ask step by step, on a new connection, if the proxy did not take everything at once."""
+        upstream = self.flows.upstream
+        old = self._socket
+        if self._heard or not upstream.pipelined or upstream.proxy is None or old is None:
+            return False
+        upstream.pipelining_failed()
+        try:
+            self._socket = opened = upstream.open(upstream.proxy_family, socket.SOCK_STREAM)
+        except OSError:
+            return False
+        self.flows.forget_descriptor(old.fileno())
+        old.close()
+        _, host, port = self._destination()
+        self._handshake = upstream.handshake(CONNECT, host, port)
+        self._connect(opened, upstream.proxy, now)
+        return True
 
     def _begin(self, now: float) -> None:
         """Enter the flow table: the dial itself, or the relay that answers at once."""
@@ -161,7 +197,8 @@ class Dial:
         if handshake is None:
             self._open(b"", mask, now)
             return
-        self.flows.upstream.answered()
+        if not self.flows.upstream.fast_open:
+            self.flows.upstream.answered()
         self.flows.handlers[opened.fileno()] = self.answered
         self._send(handshake.first_bytes, now)
         if mask & EPOLLIN:
@@ -178,18 +215,26 @@ class Dial:
                 data = opened.recv(ANSWER)
             except BlockingIOError:
                 return
-            except OSError:
+            except OSError as failure:
+                if self.flows.upstream.fast_open and not self._heard and failure.errno:
+                    self._failed(failure.errno, now)  # the connection never stood
+                    return
                 data = b""
             if not data:
-                self.flows.count[counts.PROXY_PROTOCOL_ERRORS] += 1
-                self.refuse(RESET, now)
+                if not self._ask_again(now):
+                    self.flows.count[counts.PROXY_PROTOCOL_ERRORS] += 1
+                    self.refuse(RESET, now)
                 return
             try:
                 message = handshake.receive(data)
             except ProtocolError as error:
-                self.flows.protocol_error(error)
-                self.refuse(RESET, now)
+                if not self._ask_again(now):
+                    self.flows.protocol_error(error)
+                    self.refuse(RESET, now)
                 return
+            if not self._heard:
+                self._heard = True
+                self.flows.upstream.answered()
             if message:
                 self._send(message, now)
             if handshake.done:
@@ -256,6 +301,8 @@ class Dial:
             pass
         elif flows.handlers.get(self._socket.fileno()) == self.connected:
             flows.upstream.failed("no answer to the connection request")
+        elif not self._heard:
+            flows.upstream.pipelining_failed()  # how servers look that lost the request
         self.refuse(RESET, now)
 
     def refuse(self, how: int, now: float) -> None:

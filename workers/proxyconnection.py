@@ -56,6 +56,7 @@ class ProxyConnection:
     __slots__ = (
         "_connecting",
         "_handshake",
+        "_heard",
         "_owner",
         "_socket",
         "_unsent",
@@ -85,6 +86,7 @@ class ProxyConnection:
         self._worker = worker
         self._owner = owner
         self._connecting = True
+        self._heard = False  # the proxy has said something
         self._unsent = handshake.first_bytes
         opened = upstream.open(family, socket.SOCK_STREAM)
         try:
@@ -157,6 +159,10 @@ class ProxyConnection:
                 handshake = self._handshake
                 if handshake is None:
                     self._lose(CLOSED, now)
+                elif self._worker.upstream.pipelined and not self._heard:
+                    # It does not take everything at once; the owner may try again.
+                    self._worker.upstream.pipelining_failed()
+                    self._lose(CLOSED, now)
                 else:
                     self._lose(CLOSED_AT_REQUEST if handshake.requested else CLOSED_EARLY, now)
                 return
@@ -174,6 +180,7 @@ class ProxyConnection:
             self._worker.count[counts.PROXY_AUTH_FAILED if failed else counts.PROXY_PROTOCOL_ERRORS] += 1
             self._lose(GARBAGE, now)
             return False
+        self._heard = True
         self._worker.upstream.answered()
         if answer:
             self._unsent += answer

@@ -42,6 +42,8 @@ class Settings:
     block_quic: bool = False
     udp_mode: str = "auto"  #: how datagrams reach the proxy: one of workers.udp.modes
     udp_found: str = ""  #: what a probe has found for auto; "" is nothing yet
+    pipelined: bool = False  #: the proxy takes method, password and request in one go
+    tcp_fast_open: bool = False
     udp_address: str = "auto"  #: where datagrams go after UDP ASSOCIATE: auto, peer, as-told, or an address
     early_accept: bool = False
     congestion: str = "cubic"  #: congestion control towards clients: cubic or newreno

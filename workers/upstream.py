@@ -15,6 +15,8 @@ from workers.socks.wire import CONNECTION_REFUSED, Host, ProtocolError
 
 Address = tuple[str, int]
 
+TCP_FASTOPEN_CONNECT: Final = 30  # linux/tcp.h; Python 3.11 has no name for it
+
 #: reasons of ProtocolError that mean: not with these credentials
 AUTHENTICATION_REASONS: Final = ("method-refused", "password-refused")
 
@@ -23,14 +25,18 @@ class Upstream:
     """Makes sockets with the mark and interface of the configuration, and knows which proxy address is in use."""
 
     def __init__(self, settings: Settings, report: Callable[[dict[str, str]], None]) -> None:
-        """`report` takes the events proxy-down, proxy-up, proxy-error, udp-failed and udp-found for the supervisor."""
+        """`report` takes events for the supervisor: proxy-down, proxy-up, proxy-error, and what was learned of it."""
         scheme = settings.scheme
         self.direct = scheme == "direct"
         self.rejects = scheme == "reject"  #: everything is refused, nobody is asked
         self.associates = scheme in ("socks5", "socks5h")  #: UDP ASSOCIATE is worth asking for
         #: (command, host, port) → what to say to the proxy; one that is `done` at once has refused without asking.
         #: ValueError: the host does not fit
-        self.handshake: Callable[[int, Host, int], Handshake] = handshakes(scheme, settings.username, settings.password)
+        self.handshake: Callable[[int, Host, int], Handshake]
+        self.pipelined = False  #: the whole handshake goes out at once
+        self.fast_open = settings.tcp_fast_open  #: a connection that stands may still be refused
+        self._credentials = scheme, settings.username, settings.password
+        self.use_pipelining(settings.pipelined)
         self._mark = settings.fwmark
         self._interface = settings.interface.encode()
         self._report = report
@@ -51,11 +57,24 @@ class Upstream:
         self.proxy = address
         self.proxy_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
+    def use_pipelining(self, pipelined: bool) -> None:
+        """Take what is known of the proxy: whether it reads what comes before it has answered."""
+        self.pipelined = pipelined and self.associates
+        self.handshake = handshakes(*self._credentials, self.pipelined)
+
+    def pipelining_failed(self) -> None:
+        """Note that the proxy did not answer a handshake in one go; the next ones go step by step."""
+        if self.pipelined:
+            self.use_pipelining(False)
+            self._report({"event": "pipelining-failed"})
+
     def open(self, family: int, kind: int) -> socket.socket:
         """Return a new non-blocking socket that leaves by the configured way; OSError when there is none."""
         opened = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        if self._mark or self._interface:
+        if self._mark or self._interface or self.fast_open:
             try:
+                if self.fast_open and kind == socket.SOCK_STREAM and not self.direct:
+                    opened.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
                 if self._mark:
                     opened.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._mark)
                 if self._interface:
@@ -94,8 +113,10 @@ class Upstream:
         return error.reason in AUTHENTICATION_REASONS
 
 
-def handshakes(scheme: str, username: str | None, password: str | None) -> Callable[[int, Host, int], Handshake]:
-    """Return what makes the handshakes of a scheme."""
+def handshakes(
+    scheme: str, username: str | None, password: str | None, pipelined: bool = False
+) -> Callable[[int, Host, int], Handshake]:
+    """Return what makes the handshakes of a scheme; `pipelined` is for SOCKS5."""
     if scheme in ("socks4", "socks4a"):
         return partial(socks4_handshake, user=username or "", names=scheme == "socks4a")
     if scheme == "http":
@@ -103,4 +124,4 @@ def handshakes(scheme: str, username: str | None, password: str | None) -> Calla
         return partial(http_handshake, credentials=credentials)
     if scheme == "reject":
         return lambda command, host, port: Refused(CONNECTION_REFUSED)
-    return partial(SocksHandshake, username=username, password=password)
+    return partial(SocksHandshake, username=username, password=password, pipelined=pipelined)

@@ -252,6 +252,7 @@ class Worker:
             self.upstream.use_addresses([(host, number) for host, number in message["addresses"]])
         elif do == "proxy-abilities":
             self.udp.availability.use(message["udp"])
+            self.upstream.use_pipelining(message["pipelined"])
         elif isinstance(port, RingPort):
             if do == "drop-reader":
                 port.drop_reader()

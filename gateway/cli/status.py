@@ -77,7 +77,8 @@ def _print_tables(path: Path, status: dict[str, Any], speed: dict[str, float]) -
     udp = status.get("udp") or {}
     mode = str(udp.get("found") or udp.get("mode") or "?")
     if mode in modes.WORDS:
-        console.print(f"datagrams go to the proxy {modes.WORDS[mode]}", soft_wrap=True)
+        pipelined = "; handshakes in one go" if status.get("pipelined") else ""
+        console.print(f"datagrams go to the proxy {modes.WORDS[mode]}{pipelined}", soft_wrap=True)
 
     processes = _table("process", "shard", "pid", "state", "restarts", "CPU s", "PSS")
     for one in status.get("processes") or []:

@@ -16,6 +16,7 @@ from tests.netns.peers import (
     SHADOWSOCKS,
     SSH,
     TINYPROXY,
+    V2RAY,
     V2RAY_HTTP,
     Peer,
     RunningPeer,
@@ -250,3 +251,17 @@ def test_what_auto_finds_is_said_once_and_shown(world: World, peer: Peer) -> Non
         said = "by UDP ASSOCIATE" if found == "udp" else "not at all: DNS goes over TCP, the rest is refused"
         assert ringway.log().count(f"datagrams go to the proxy {said}") == 1
         assert f"datagrams go to the proxy {said}" in ringway.status_command().stdout
+
+
+@pytest.mark.parametrize("peer", [EMBEDDED, DANTE, SHADOWSOCKS, V2RAY, SSH, MICROSOCKS], ids=lambda peer: peer.name)
+def test_a_pipelined_handshake_where_the_server_takes_it(world: World, peer: Peer) -> None:
+    """Auto asks first: microsocks loses what comes at once, and ssh, asked for UDP, closes: both go step by step."""
+    require(peer)
+    with RunningPeer(peer, world.net) as server, Target(world.net) as target:
+        with Ringway(world, "-p", server.url) as ringway:
+            eventually(lambda: ringway.status()["udp"]["found"], "the probe is done", 15)
+            assert ringway.status()["pipelined"] == (peer not in (MICROSOCKS, SSH))
+            _short_flows(world, TARGET4, target.port, 40)
+        with Ringway(world, "-p", server.url, "--pipelined-handshake", "no") as ringway:
+            _short_flows(world, TARGET4, target.port, 10)
+            assert not ringway.status()["pipelined"]
