@@ -298,8 +298,8 @@ class Gateway:
         length = out.len
         flags = out.flags
         ts = (out.ts_val, out.ts_ecr) if out.ts_present else None
-        if not flags & RST:
-            edge = conn.rcv.taken + self.remote_closed + (out.wnd << (0 if flags & SYN else conn.rcv.scale))
+        if not flags & (RST | SYN):  # the window of a SYN is not scaled
+            edge = conn.rcv.taken + self.remote_closed + (out.wnd << conn.rcv.scale)
             assert edge > self._edge - (1 << conn.rcv.scale), "the window shrank"
             self._edge = max(edge, self._edge)
         if flags & SYN:

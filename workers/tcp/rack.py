@@ -56,9 +56,12 @@ class Rack:
             self._end = end
             self._rtt = now - at
 
-    def delivered_again(self, at: float, end: int, seg: Segment, rtt: RttEstimator, now: float) -> None:
-        """The same of a retransmission, unless it may have been the first transmission that was delivered."""
-        if seg.ts_present and (seg.ts_ecr - int(at * 1000)) & MASK >= HALF:
+    def delivered_again(self, at: float, end: int, una: int, seg: Segment, rtt: RttEstimator, now: float) -> None:
+        """The same of a retransmission, unless it may have been the first transmission that was delivered.
+
+        Timestamps tell of what SEG.ACK covers only: the echo stands still while there is a gap (RFC 7323, 4.3).
+        """
+        if end <= una and seg.ts_present and (seg.ts_ecr - int(at * 1000)) & MASK >= HALF:
             return
         if now - at >= rtt.least - EPSILON:
             self.delivered(at, end, now)

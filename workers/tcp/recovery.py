@@ -109,7 +109,7 @@ class Recovery:
             if repeated:
                 again = True
                 for at, b in board.delivered_again(start, end):
-                    rack.delivered_again(at, b, seg, conn.rtt, now)
+                    rack.delivered_again(at, b, board.una, seg, conn.rtt, now)
             if repeated < end - start:
                 at = snd.sent_at(end - before)
                 if start < self.recover:
