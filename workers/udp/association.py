@@ -41,6 +41,7 @@ RECEIVE_BUFFER: Final = 1 << 20  #: octets asked of SO_RCVBUF; the kernel gives 
 # The path MTU that a connected socket knows; Python has no names for these (linux/in.h, linux/in6.h).
 _IP_MTU: Final = 14
 _IPV6_MTU: Final = 24
+_UDP_GRO: Final = 104  # linux/udp.h
 #: octets of a segment for UDP_SEGMENT where the path is not known (direct://): an Ethernet's
 _ETHERNET: Final = 1500
 _SHORT_LIFE: Final = 1.0  # seconds; an association that the proxy ends so soon is not asked for again at once
@@ -64,6 +65,7 @@ class Association:
         "_waiting_octets",
         "_wake_at",
         "active_at",
+        "alone",
         "busy",
         "client",
         "flow_keys",
@@ -76,6 +78,7 @@ class Association:
         "quiet_next",
         "receive",
         "receive_from",
+        "receive_message",
         "segment_limit",
         "send",
         "sendmsg",
@@ -83,6 +86,7 @@ class Association:
         "socks_header",
         "sources",
         "state",
+        "trains",
         "waiting_most",
     )
 
@@ -116,6 +120,8 @@ class Association:
         #: headers towards the client, by the SOCKS header of the answer (or, for direct://, by its source)
         self.sources: dict[object, DatagramHeaders] = {}
         self.segment_limit = 0  #: octets that a segment of UDP_SEGMENT may have; 0: not to be used
+        self.alone = 0  #: answers in a row that UDP_GRO did not join with others; -1: it cannot be had
+        self.trains = 0  #: events with many answers since joining was tried last
         self.busy = False  #: the last event brought more than one answer
         self.quiet = 0  #: events with one answer that are not worth a second look
         self.quiet_next = 1
@@ -149,9 +155,7 @@ class Association:
         if receiver is not None:
             self._receiver = receiver
             if self._socket is not None:
-                worker = self._udp.worker
-                worker.unwatch(self._socket.fileno())
-                worker.watch(self._socket.fileno(), EPOLLIN, partial(receiver, self))
+                self._listen(self._socket, receiver)
         self._wake(now + self._idle_timeout())
 
     def open_direct(self, now: float) -> None:
@@ -246,11 +250,33 @@ class Association:
         # Bound methods, so that the hot path has one look-up for each system call. They keep the socket object after
         # close(), and whoever calls them then gets EBADF, an OSError.
         self.receive = opened.recv_into
+        self.receive_message = opened.recvmsg_into
         self.send = opened.send
         self.sendto = opened.sendto
         self.sendmsg = opened.sendmsg
         self.state = READY
         self._count(counts.UDP_OPENED, 1)
+
+    @property
+    def may_coalesce(self) -> bool:
+        """Whether the kernel may be asked to join answers: there is a socket, and it has not refused."""
+        return self._socket is not None and self.alone >= 0
+
+    def coalesce(self, on: bool, receiver: Receiver) -> None:
+        """Have the kernel join answers of one length, or not any more, and `receiver` take them."""
+        assert self._socket is not None
+        self.alone = self.trains = 0
+        try:
+            self._socket.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, on)
+        except OSError:
+            self.alone = -1  # a kernel before 5.0
+        else:
+            self._listen(self._socket, receiver)
+
+    def _listen(self, opened: socket.socket, receiver: Receiver) -> None:
+        worker = self._udp.worker
+        worker.unwatch(opened.fileno())
+        worker.watch(opened.fileno(), EPOLLIN, partial(receiver, self))
 
     def permit(self, host: bytes, port: int) -> None:
         """Let a destination answer from now on, if not all may."""

@@ -45,6 +45,9 @@ QUOTED: Final = 512  #: octets of payload that an ICMP error may quote
 #: errno of direct:// → what the client is told
 _NO_WAY: Final = {errno.ENETUNREACH: NET, errno.EHOSTUNREACH: HOST, errno.EACCES: ADMIN, errno.EPERM: ADMIN}
 _U16: Final = Struct("=H")
+#: flags and gso_type of the virtio_net_hdr, flow key, length of the datagram: one unpack for the usual packet
+_USUAL4: Final = Struct(">BB20x12sH")
+_USUAL6: Final = Struct(">BB16x36sH")
 
 
 class Udp:
@@ -89,33 +92,38 @@ class Udp:
         the RX memory. The IP header has been checked. The frame must stay until end_of_batch(), which sends.
         """
         rx = self._rx
-        if (rx[transport + 4] << 8 | rx[transport + 5]) != end - transport or not rx[at] & TRUSTED:
+        # Without options or extension headers, addresses and ports are one slice.
+        if version == 4 and transport == at + 30:
+            flags, gso_type, key, length = _USUAL4.unpack_from(rx, at)
+        elif version == 6 and transport == at + 50:
+            flags, gso_type, key, length = _USUAL6.unpack_from(rx, at)
+        else:
+            flags, gso_type = rx[at], rx[at + 1]
+            key = rx[at + 22 : at + 30] if version == 4 else rx[at + 18 : at + 50]
+            key += rx[transport : transport + 4]
+            length = rx[transport + 4] << 8 | rx[transport + 5]
+        if length != end - transport or not flags & TRUSTED:
             end = self._examine(at, transport, end, version)
         size = end - transport - 8
         if size <= 0 and (size < 0 or not self._direct):
             # Some servers end the association at an empty datagram, some drop it.
             self._count[counts.UDP_DROPPED_EMPTY if size == 0 else counts.MALFORMED] += end > 0
             return
-        # Without options or extension headers, addresses and ports are one slice.
-        if version == 4 and transport == at + 30:
-            key = rx[at + 22 : at + 34]
-        elif version == 6 and transport == at + 50:
-            key = rx[at + 18 : at + 54]
-        else:
-            key = rx[at + 22 : at + 30] if version == 4 else rx[at + 18 : at + 50]
-            key += rx[transport : transport + 4]
         flow = self._flows.get(key)
         if flow is None:
             flow = self._new_flow(key, transport + 8, end, now)
             if flow is None:
                 return
-        if rx[at + 1]:
+        if gso_type:
             self._super_frame(flow, at, transport + 8, end, now)
             return
         header = flow.header
-        begin = transport + 8 - len(header)
-        rx[begin : transport + 8] = header
-        size = end - begin
+        if header:
+            begin = transport + 8 - len(header)
+            rx[begin : transport + 8] = header
+            size = end - begin
+        else:
+            begin = transport + 8
         pieces = flow.pieces
         if not pieces:
             flow.size = size
