@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workers.socks.framing import (
+    MAX_GOST,
     MAX_HEV,
     MAX_UOT,
     GostFraming,
@@ -130,7 +131,7 @@ def test_uot_version_2_unconnected():
     ("framing", "header", "length", "reason"),
     [
         (GostFraming, V4, 0, "datagram-empty"),
-        (GostFraming, V4, 65536, "datagram-oversize"),
+        (GostFraming, V4, MAX_GOST - 9, "datagram-oversize"),
         (HevFraming, V4, 0, "datagram-empty"),
         (HevFraming, V4, MAX_HEV - 6, "datagram-oversize"),
         (HevFraming, V6, MAX_HEV - 18, "datagram-oversize"),
@@ -148,7 +149,7 @@ def test_what_breaks_the_peer_is_not_written(framing, header, length, reason):
 @pytest.mark.parametrize(
     ("framing", "header", "length"),
     [
-        (GostFraming, V4, 65535),
+        (GostFraming, V4, MAX_GOST - 10),
         (HevFraming, V4, 1493),
         (HevFraming, V6, 1481),
         (HevFraming, write_datagram_header("x" * 248, 1), 1),

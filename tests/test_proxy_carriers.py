@@ -111,7 +111,7 @@ def test_no_websocket_is_400(garbage):
 def test_what_the_client_says_in_websocket():
     with listening() as listener:
         port = listener.getsockname()[1]
-        forwarder = Forwarder(parse_tunnel(f"socks5+ws://127.0.0.1:{port}"), udp_mode="gost1")
+        forwarder = Forwarder(parse_tunnel(f"socks5+ws://127.0.0.1:{port}"), udp_mode="gost-v1")
         with Running(outbound=forwarder) as proxy, proxy.connect() as client:
             client.sendall(b"\x05\x01\x00" + ASSOCIATE)
             with accept(listener) as server:
@@ -285,7 +285,7 @@ def test_a_client_that_vanishes(web):
 def test_what_the_client_says_in_http():
     with listening() as listener:
         port = listener.getsockname()[1]
-        forwarder = Forwarder(parse_tunnel(f"socks5+http://127.0.0.1:{port}"), udp_mode="gost1")
+        forwarder = Forwarder(parse_tunnel(f"socks5+http://127.0.0.1:{port}"), udp_mode="gost-v1")
         with Running(outbound=forwarder) as proxy, proxy.connect() as client:
             client.sendall(b"\x05\x01\x00" + ASSOCIATE)
             with accept(listener) as down:

@@ -73,7 +73,7 @@ def test_it_says_where_and_stops_with_0(number):
         (["--forward", "socks5+tls://localhost", "--tls-ca", "/no/such/file"], "No such file"),
         (["--forward", "socks5+tls://localhost", "--tls-key", "/no/such/file"], "--tls-cert"),
         (["--forward", "socks5://localhost", "--via", "direct://"], "socks4a://"),
-        (["--forward", "socks5://localhost", "--socks-tls", "aes-256-cfb"], "'gost1'"),
+        (["--forward", "socks5://localhost", "--socks-tls", "aes-256-cfb"], "'gost-v1'"),
         (["--user", "me"], "--password-file"),
         (["--user", "me", "--password-file", "/no/such/file"], "/no/such/file"),
         (["--loglevel", "loud"], "'debug'"),

@@ -26,9 +26,9 @@ LOOPBACK = socket.inet_aton("127.0.0.1")
 
 DIALECTS = {
     "gost": (GOST_UDP, bytes(4), GostFraming),
-    "gost1": (UDP_ASSOCIATE, bytes(4), GostFraming),
+    "gost-v1": (UDP_ASSOCIATE, bytes(4), GostFraming),
     "hev": (HEV_UDP, bytes(4), HevFraming),
-    "uot1": (CONNECT, UOT_NAME, UotFraming),
+    "uot-v1": (CONNECT, UOT_NAME, UotFraming),
     "uot2": (CONNECT, UOT2_NAME, Uot2Framing),
 }
 
@@ -231,7 +231,7 @@ def test_a_client_that_does_not_read_loses_datagrams_and_holds_nobody_up():
             deaf.send(b"hello", outside.getsockname())
             _, place = outside.recvfrom(100)
             while not proxy.server.counters["tunnel-full"]:
-                outside.sendto(bytes(60000), place)
+                outside.sendto(bytes(16000), place)
         with Framed(proxy, "gost") as other:
             other.send(b"hello", echo.address)
             assert other.receive() == header(echo.address) + b"hello"

@@ -20,7 +20,7 @@ from workers.socks.wire import BIND, CONNECT, parse_address
 
 LOOPBACK = socket.inet_aton("127.0.0.1")
 CARRIERS = ("raw", "tls", "ws", "wss", "http")
-DIALECTS = ("gost", "gost1", "hev", "uot", "uot1")
+DIALECTS = ("gost", "gost-v1", "hev", "uot", "uot-v1")
 
 
 class Pair:
@@ -254,11 +254,27 @@ def test_chained():
             assert client.receive() == (b"hello", (LOOPBACK, echo.address[1]))
 
 
+@pytest.mark.parametrize("mode", ["udp", "gost"])
+def test_every_socket_that_leaves_can_be_marked(mode):
+    opened = []
+
+    def open_socket(family, kind):
+        opened.append(kind)
+        return socket.socket(family, kind)
+
+    with Running(open_socket=open_socket) as far:
+        forwarder = Forwarder(parse_tunnel(f"socks5://127.0.0.1:{far.server.address[1]}"), udp_mode=mode)
+        with Running(outbound=forwarder, open_socket=open_socket) as near, Echo() as echo, Associated(near) as client:
+            settled(near, client, echo.address)
+    # The tunnel, the way out behind it, and beside it the way to the other server's relay.
+    assert sorted(opened) == [socket.SOCK_STREAM, *[socket.SOCK_DGRAM] * (2 if mode == "udp" else 1)]
+
+
 # Who is let in
 
 
 @pytest.mark.parametrize("carrier", ["raw", "wss"])
-@pytest.mark.parametrize("socks_tls", ["off", "gost", "gost1"])
+@pytest.mark.parametrize("socks_tls", ["off", "gost", "gost-v1"])
 @pytest.mark.parametrize("password", ["", "secret"])
 def test_passwords_and_tls_methods(carrier, socks_tls, password, target):
     far = {"username": "me", "password": password} if password else {}
@@ -272,7 +288,7 @@ def test_passwords_and_tls_methods(carrier, socks_tls, password, target):
             settled(pair, associated, echo.address)
 
 
-@pytest.mark.parametrize("socks_tls", ["off", "gost", "gost1"])
+@pytest.mark.parametrize("socks_tls", ["off", "gost", "gost-v1"])
 def test_a_wrong_password(socks_tls, caplog):
     far = {"username": "me", "password": "secret"}
     with Pair("raw", far, "me:wrong@", socks_tls=socks_tls) as pair:

@@ -194,7 +194,7 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Command], Comm
 @_option("--forward", f"Send everything through this server: {ALLOWED} with user:password@host:port.", metavar="URL")
 @_option("--udp-mode", "How UDP goes there: by UDP ASSOCIATE beside the tunnel, or in the tunnel as gost, hev or "
          "sing-box (uot) do.  [default: auto, the first that is granted]", type=click.Choice([*UDP_MODES]))  # fmt: skip
-@_option("--socks-tls", "Ask for TLS within SOCKS5 as gost does: v2 and v3 (gost) or v1 (gost1). Its ciphers "
+@_option("--socks-tls", "Ask for TLS within SOCKS5 as gost does: v2 and v3 (gost) or v1 (gost-v1). Its ciphers "
          "(aes-256-cfb …) are not spoken.", type=click.Choice(SOCKS_TLS))  # fmt: skip
 @_option("--tls-ca", "Trust this CA (PEM) and no other.", metavar="FILE")
 @_option("--tls-server-name", "Name that the server's certificate must have, and SNI, if it is not the URL's host.",

@@ -75,7 +75,7 @@ class Dial:
     def _try_next(self) -> None:
         family, host = self._addresses.pop(0)
         try:
-            target = socket.socket(family, socket.SOCK_STREAM)
+            target = self._server.open_socket(family, socket.SOCK_STREAM)
         except OSError as error:
             self._attempt_failed(error.errno or 0)
             return

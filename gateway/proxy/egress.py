@@ -147,7 +147,7 @@ class Egress:
 
     def _open_egress(self, family: int) -> socket.socket | None:
         try:
-            sock = datagram_socket(family)
+            sock = datagram_socket(family, self._server.open_socket)
             sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", 0))
         except OSError:
             return None

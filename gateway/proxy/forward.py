@@ -59,18 +59,18 @@ _UNSPECIFIED: Final = bytes(4)
 #: way → command, host, framing
 _DIALECTS: Final[dict[str, tuple[int, Host, Callable[[], Framing]]]] = {
     "gost": (GOST_UDP, _UNSPECIFIED, GostFraming),
-    "gost1": (UDP_ASSOCIATE, _UNSPECIFIED, GostFraming),
+    "gost-v1": (UDP_ASSOCIATE, _UNSPECIFIED, GostFraming),
     "hev": (HEV_UDP, _UNSPECIFIED, HevFraming),
     "uot": (CONNECT, UOT2_NAME, Uot2Framing),
-    "uot1": (CONNECT, UOT_NAME, UotFraming),
+    "uot-v1": (CONNECT, UOT_NAME, UotFraming),
 }
 _NAMES: Final = {
     "udp": "UDP ASSOCIATE",
     "gost": "gost's UDP over TCP (F3)",
-    "gost1": "gost v1's UDP over TCP (03)",
+    "gost-v1": "gost v1's UDP over TCP (03)",
     "hev": "hev's UDP over TCP (05)",
     "uot": "UoT 2",
-    "uot1": "UoT 1",
+    "uot-v1": "UoT 1",
 }
 
 
@@ -139,7 +139,7 @@ class Forwarder:
         username = proxy.username or None
         if self._socks_tls == "off":
             return SocksHandshake(command, host, port, username, proxy.password)
-        return TlsMethodHandshake(command, host, port, username, proxy.password, self._socks_tls == "gost1")
+        return TlsMethodHandshake(command, host, port, username, proxy.password, self._socks_tls == "gost-v1")
 
     @property
     def via_handshake(self) -> Callable[[int, str, int], Handshake] | None:
@@ -297,7 +297,7 @@ class _Associate:
         """Try the next way."""
         self._way = self._ways.pop(0)
         command, host, _ = _DIALECTS.get(self._way, (UDP_ASSOCIATE, _UNSPECIFIED, GostFraming))
-        nameless = self._way == "gost1"
+        nameless = self._way == "gost-v1"
         self._opening = Opening(self._server, self._forwarder, command, host, 0, self, nameless=nameless)
         self._opening.start()
 
@@ -317,7 +317,7 @@ class _Associate:
                 self.not_opened(COMMAND_NOT_SUPPORTED, "tunnel-no-relay", True)
                 return
         else:
-            gost1 = self._way == "gost1"
+            gost1 = self._way == "gost-v1"
             framing = GostFraming(by_message=stream.keeps_messages) if gost1 else _DIALECTS[self._way][2]()
             out = FramedOut(server, stream, framing, handshake.surplus, joins=not gost1)
         self._forwarder.found(self._way)

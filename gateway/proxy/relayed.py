@@ -25,7 +25,7 @@ class RelayedOut(Owner):
         peer = control.peer[0].partition("%")[0]
         host, port = relay_address(AUTO, bound, socket.inet_pton(family_of(peer), peer))
         family = socket.AF_INET if len(host) == 4 else socket.AF_INET6
-        relay = datagram_socket(family)
+        relay = datagram_socket(family, server.open_socket)
         try:
             relay.connect((socket.inet_ntop(family, host), port))
         except OSError:

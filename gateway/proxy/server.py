@@ -54,7 +54,8 @@ class Server:
 
     With a username, clients must authenticate. `outbound` is where their requests go, without one straight to the
     targets. `carrier` is what SOCKS5 comes in (tunnelurl.py), and `tls` what TLS is answered with, which some of them
-    and gost's methods 80, 82 and 8A need. `portable` does without epoll, splice
+    and gost's methods 80, 82 and 8A need. `open_socket` (family, kind) makes the sockets that leave this machine, so
+    that they can be marked or bound to an interface. `portable` does without epoll, splice
     and UDP offloads, as on systems other than Linux. Timeouts are seconds. `counters` says what
     became of clients, by reason.
     """
@@ -73,6 +74,7 @@ class Server:
         outbound: Outbound | None = None,
         carrier: str = RAW,
         tls: ServerTls | None = None,
+        open_socket: Callable[[int, int], socket.socket] = socket.socket,
         reuse_port: bool = False,
         portable: bool = sys.platform != "linux",
     ) -> None:
@@ -89,6 +91,7 @@ class Server:
         self.tls = tls
         self._carrier = carrier
         self._http = HttpListener(self, self._attend) if carrier == HTTP else None
+        self.open_socket = open_socket
         self.portable = portable
         self.counters: Counter[str] = Counter()
         self._listener = _listen(listen, reuse_port)

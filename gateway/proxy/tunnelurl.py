@@ -27,15 +27,15 @@ AUTO: Final = "auto"
 #: --udp-mode → ways to try, in this order; gost v1 has frames behind UDP ASSOCIATE
 UDP_MODES: Final = {
     "udp": ("udp",),
-    "gost": ("gost", "gost1"),
-    "gost1": ("gost1",),
+    "gost": ("gost", "gost-v1"),
+    "gost-v1": ("gost-v1",),
     "hev": ("hev",),
     "uot": ("uot",),
-    "uot1": ("uot1",),
-    AUTO: ("gost", "hev", "uot", "gost1"),
+    "uot-v1": ("uot-v1",),
+    AUTO: ("gost", "hev", "uot", "gost-v1"),
 }
 #: --socks-tls
-SOCKS_TLS: Final = ("off", "gost", "gost1")
+SOCKS_TLS: Final = ("off", "gost", "gost-v1")
 
 _URL: Final = re.compile(r"([A-Za-z0-9+.-]+)://([^/]*)(/.*)?")
 

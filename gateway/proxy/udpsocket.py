@@ -5,6 +5,7 @@ import socket
 import struct
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 SOL_UDP: Final = 17
@@ -37,9 +38,9 @@ def count_lost(counters: Counter[str], error: OSError, datagrams: int) -> None:
     counters[f"datagram-{errno.errorcode.get(error.errno or 0, 'lost')}"] += datagrams
 
 
-def datagram_socket(family: int) -> socket.socket:
-    """Return a new non-blocking UDP socket of one family."""
-    sock = socket.socket(family, socket.SOCK_DGRAM)
+def datagram_socket(family: int, open_socket: Callable[[int, int], socket.socket] = socket.socket) -> socket.socket:
+    """Make a new socket of one family a non-blocking one for datagrams."""
+    sock = open_socket(family, socket.SOCK_DGRAM)
     sock.setblocking(False)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

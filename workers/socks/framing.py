@@ -28,11 +28,9 @@ GOST_UDP: Final = 0xF3
 UOT_NAME: Final = "sp.udp-over-tcp.arpa"
 UOT2_NAME: Final = "sp.v2.udp-over-tcp.arpa"
 
-MAX_PAYLOAD: Final = 65535  # octets; the length field
+MAX_GOST: Final = 16384  # octets of header and payload: the buffer of gost 2.3 … 2.12, which panic on one more
 MAX_HEV: Final = 1500  # octets of address and payload: hev's buffer; one more and it forwards nothing from then on
-MAX_UOT: Final = (
-    16000  # octets of payload; sing reads into 16 KiB less some headroom, and a longer frame ends the stream
-)
+MAX_UOT: Final = 16000  # octets of payload; sing reads into 16 KiB less some headroom, one more ends the stream
 
 _ZEROS: Final = b"\x00\x00\x00"  # RSV and FRAG
 _UOT_KIND: Final = {IPV4: b"\x00", IPV6: b"\x01", NAME: b"\x02"}
@@ -87,10 +85,11 @@ class Framing:
 class GostFraming(Framing):
     """RSV as length: gost v1, v2 and v3.
 
-    An empty datagram stops gost 2.3 … 2.12 for good, they read to the end of the stream; so none is written. v1 writes
-    frames from IPv6 sources without the address. With `by_message` (a carrier whose messages are the peer's writes)
-    such a frame is recognised and left out, and `nameless` counts it; on a plain stream it cannot be told, and the
-    address type of what seems to be the next frame ends it.
+    An empty datagram stops gost 2.3 … 2.12 for good, they read to the end of the stream, and one that does not fit
+    their buffer is a slice out of bounds that ends their process (seen with gosocks5 v0.3.0); neither is written. v1
+    writes frames from IPv6 sources without the address. With `by_message` (a carrier whose messages are the peer's
+    writes) such a frame is recognised and left out, and `nameless` counts it; on a plain stream it cannot be told, and
+    the address type of what seems to be the next frame ends it.
     """
 
     __slots__ = ("_by_message", "nameless")
@@ -109,7 +108,7 @@ class GostFraming(Framing):
 
     def frame(self, header: bytes, payload: Readable) -> bytes:
         """Return `length 00 address payload`."""
-        length = _bounded(payload, MAX_PAYLOAD)
+        length = _bounded(payload, MAX_GOST - len(header))
         return b"".join((length.to_bytes(2), b"\x00", header[3:], payload))
 
     def _take(self, data: bytes, at: int, datagrams: list[bytes]) -> int:
@@ -184,7 +183,8 @@ class UotFraming(Framing):
 class Uot2Framing(UotFraming):
     """UDP over TCP, version 2, the client's end: a request goes in front of the first frame.
 
-    Its address only says where the first datagram goes, the frames have their own (isConnect = 0).
+    Its address says where the first datagram goes, as sing's own client has it: sing-box chooses a route by it, and
+    has no socket of the other IP version from then on. The frames have addresses of their own (isConnect = 0).
     """
 
     __slots__ = ("_has_asked",)
