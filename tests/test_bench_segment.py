@@ -18,3 +18,8 @@ def test_a_worker_is_measured():
             assert bench.request_and_answer(batch, 3) > 0
         finally:
             bench.close()
+        bench = segment.Bench("socks5")
+        try:
+            assert bench.connection(batch, 3) > 0
+        finally:
+            bench.close()

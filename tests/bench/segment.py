@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator
-from select import EPOLLIN, EPOLLOUT
+from select import EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from unittest.mock import patch
 
 from ipc import ring
@@ -24,7 +24,7 @@ from workers.port import RingPort
 from workers.settings import Settings
 from workers.tcp import arrival
 from workers.tcp.connection import Connection
-from workers.tcp.segment import ACK, PSH, SYN, Segment
+from workers.tcp.segment import ACK, FIN, PSH, SYN, Segment
 from workers.worker import Worker
 
 MASK = 0xFFFFFFFF
@@ -32,6 +32,7 @@ VNET = 10
 TRUSTED = bytes([1]) + bytes(9)  #: a virtio_net_hdr with NEEDS_CSUM
 CLIENT, TARGET = bytes((198, 18, 0, 1)), bytes((203, 0, 113, 10))
 REQUEST, ANSWER = 100, 1000  #: octets
+METHOD, REPLY = b"\x05\x00", b"\x05\x00\x00\x01" + bytes(6)
 BATCHES = (1, 20)
 SEGMENTS = 20  #: of one round of the bare connection
 
@@ -100,10 +101,11 @@ class Upstream:
     """A socket that connects, takes everything, and answers as often as it is told that it is readable."""
 
     send = staticmethod(len)
-    numbers = iter(range(10_000, 1 << 20))
 
-    def __init__(self) -> None:
-        self.number = next(self.numbers)
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.at_end = False
+        self.handshake = [REPLY, METHOD]
 
     def fileno(self) -> int:
         return self.number
@@ -112,7 +114,10 @@ class Upstream:
         return errno.EINPROGRESS
 
     def recv_into(self, view) -> int:
-        return ANSWER
+        return 0 if self.at_end else ANSWER
+
+    def recv(self, octets, flags=0) -> bytes:
+        return self.handshake.pop()
 
     def setsockopt(self, *option) -> None:
         pass
@@ -150,7 +155,7 @@ class Client:
 class Bench:
     """A worker and its neighbours: reader, writer, epoll and the proxy, all played by us between two breaths."""
 
-    def __init__(self) -> None:
+    def __init__(self, scheme: str = "direct") -> None:
         self.memory = SharedMemory(1, {})
         self.waiting: dict[int, int] = {}  # eventfd → what a read of it returns
         self.eventfds = patch.multiple("os", eventfd_write=operator.add, eventfd_read=self.eventfd_read)
@@ -162,7 +167,9 @@ class Bench:
         self.tx_slots, self.tx_mask, self.written = rings["tx"].slots, rings["tx"].mask, 0
         self.count = memoryview(bytearray(8 * len(counts.NAMES))).cast("Q")
         self.channels = Channel.pair()
-        self.worker = Worker(self.port, Settings("direct", max_pending=1000), self.count, self.channels[0])
+        self.worker = Worker(
+            self.port, Settings(scheme, "", [("127.0.0.1", 1)], max_pending=1000), self.count, self.channels[0]
+        )
         self.worker._epoll.close()
         self.worker._epoll = self  # type: ignore[assignment]
         self.worker.upstream.open = self.open  # type: ignore[assignment,method-assign]
@@ -183,12 +190,12 @@ class Bench:
     def poll(self, timeout=None, max_events=-1) -> list[tuple[int, int]]:
         """End the time of one breath, and begin that of the next."""
         self.spent = time.perf_counter_ns() - self.began
-        events = next(self.script)
+        events = next(self.script, [])
         self.began = time.perf_counter_ns()
         return events
 
     def open(self, family, kind) -> Upstream:
-        self.sockets.append(Upstream())
+        self.sockets.append(Upstream(10_000 + len(self.sockets)))
         return self.sockets[-1]
 
     # The neighbours.
@@ -249,6 +256,48 @@ class Bench:
         while True:
             yield []
 
+    def connection(self, batch: int, rounds: int) -> float:
+        """Return µs for each connection through SOCKS5, from its SYN over one request to the last ACK of both FINs."""
+        self.best = 1 << 60
+        self.script = self._connections(batch, rounds)
+        self.worker.run()
+        assert not self.count[counts.INTERNAL_ERRORS], "the worker is broken"
+        return self.best / 1000 / batch
+
+    def _connections(self, batch: int, rounds: int) -> Iterator[list[tuple[int, int]]]:
+        for turn in range(rounds):
+            self.sockets.clear()
+            clients = [Client(1024 + (turn * batch + number) % 60_000) for number in range(batch)]
+            yield self.frames([client.packet(SYN) for client in clients])
+            spent = self.spent
+            for mask in (EPOLLOUT, EPOLLIN, EPOLLIN):
+                yield [(upstream.number, mask) for upstream in self.sockets]
+                spent += self.spent
+            for client, frame in zip(clients, self.write(), strict=True):
+                client.ack = int.from_bytes(frame[VNET + 24 : VNET + 28]) + 1
+            yield self.frames([client.packet(ACK | PSH, REQUEST) for client in clients])
+            spent += self.spent
+            yield [(upstream.number, EPOLLIN) for upstream in self.sockets]
+            spent += self.spent
+            self.write()
+            for client, upstream in zip(clients, self.sockets, strict=True):
+                client.ack = (client.ack + ANSWER) & MASK
+                upstream.at_end = True
+            yield self.frames([client.packet(ACK | FIN) for client in clients])
+            spent += self.spent
+            yield [(upstream.number, EPOLLIN | EPOLLRDHUP) for upstream in self.sockets]
+            spent += self.spent
+            for client in clients:
+                client.seq = (client.seq + 1) & MASK
+                client.ack = (client.ack + 1) & MASK
+            yield self.frames([client.packet(ACK) for client in clients])
+            spent += self.spent
+            self.write()
+            self.best = min(self.best, spent)
+            assert not self.worker.tcp.table, "a connection has not ended"
+        self.worker._stopping = True
+        yield []
+
     def close(self) -> None:
         """Give everything back."""
         self.eventfds.stop()
@@ -272,6 +321,10 @@ def main() -> None:
         micros = bench.request_and_answer(batch, max(3, rounds // batch * 4))
         bench.close()
         print(f"  {micros:6.2f}  request up and answer down through Worker.run, {batch} of each in a breath")
+        bench = Bench("socks5")
+        micros = bench.connection(batch, max(3, rounds // batch))
+        bench.close()
+        print(f"  {micros:6.2f}  a connection through SOCKS5 with one request, {batch} at a time")
 
 
 if __name__ == "__main__":
