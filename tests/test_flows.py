@@ -916,3 +916,32 @@ def test_an_event_of_a_closed_socket_never_reaches_the_next_one_with_its_number(
     assert reached == ["new"]
     worker.forget(900)
     worker.forget(901)
+
+
+def test_what_breaks_in_one_flow_leaves_the_others_their_turn(one, monkeypatch):
+    pairs = [connected(one, port=40000 + number) for number in range(3)]
+    relays = list(one.table.values())
+
+    def breaks(now):
+        raise ZeroDivisionError
+
+    class Broken:
+        read_again = ack_at_end_of_batch = staticmethod(breaks)
+
+    for (_, target), relay in zip(pairs, relays, strict=True):
+        target.sendall(b"answer")
+        relay._readable = relay._in_queue = True
+    one.worker.tcp.ready.extend([relays[0], Broken(), relays[1], relays[2]])
+    one.worker.tcp.acks.extend([Broken()])
+    for relay in relays:
+        relay._in_acks = True
+        relay.conn.ack_due = 2
+        one.worker.tcp.acks.append(relay)
+    for call in (one.worker.tcp.end_of_batch, one.worker.tcp.run):
+        with pytest.raises(ZeroDivisionError):
+            call(one.now)
+        call(one.now)
+    assert not one.worker.tcp.acks and not one.worker.tcp.ready
+    assert len(one.take_sent()) == 6
+    for _, target in pairs:
+        target.close()

@@ -3,6 +3,8 @@
 import errno
 import select
 import socket
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -249,3 +251,32 @@ def test_the_window_opens_by_what_the_proxy_took(one):
         one.run_until(lambda: not target.recv(1 << 20) or not relay_of(one)._proxy.backlog)
         assert relay_of(one).conn.rcv.pending == 0
         assert relay_of(one)._proxy.send is not None
+
+
+def test_text_that_outlives_its_flow_needs_no_event_that_was_lost(one):
+    """The socket becomes writable in the breath in which the flow ends: its event comes to nobody."""
+    client, target = connected(one, ALL_OPTIONS)
+    with target:
+        slow(one, target)
+        relay = relay_of(one)
+        sent = b""
+        while len(relay._proxy.backlog) < 40_000:
+            client.push(bytes([len(sent) % 251]) * 1400)
+            sent += bytes([len(sent) % 251]) * 1400
+        client.fin()
+        target.shutdown(socket.SHUT_WR)
+        client.answer(lambda answer: answer.flags & FIN)
+        got = b""
+        events = []
+        deadline = time.monotonic() + 5
+        while not any(mask & select.EPOLLOUT for _, mask in events):
+            assert time.monotonic() < deadline, "the socket does not become writable"
+            with suppress(BlockingIOError):
+                got += target.recv(1 << 16)
+            events += one.worker._epoll.poll(0.01)
+        one.port.put(client.packet(ACK), TRUSTED)
+        one.worker.handle([(one.port.fileno(), select.EPOLLIN), *events], one.now)
+        assert not one.table
+        got += received(one, target, len(sent) - len(got))
+        assert got == sent
+        assert received(one, target, 1) == b""

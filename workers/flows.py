@@ -18,6 +18,7 @@ from ipc.layout import HEADROOM
 from workers import counts, icmp
 from workers.dial import Dial
 from workers.icmperrors import IcmpErrors
+from workers.port import BACKLOG
 from workers.public import is_public
 from workers.relay import Relay
 from workers.socks.wire import ProtocolError
@@ -83,10 +84,11 @@ class TcpFlows:
         self.policy.keepalive_count = settings.tcp_keepalive_count
         self.table: dict[bytes, Flow] = {}
         self.out = Segment()  #: filled by each connection in turn
-        self.acks: list[Relay] = []  #: flows that may owe a pure ACK at the end of the batch
+        # Each takes one relay at a time: what breaks in one of them leaves the others in the queue.
+        self.acks: deque[Relay] = deque()  #: flows that may owe a pure ACK at the end of the batch
         self.delayed: deque[tuple[float, Relay]] = deque()  #: delayed ACKs; all wait equally long, so in order
-        self.ready: list[Relay] = []  #: sockets that had more than one frame took
-        self.starved: list[Relay] = []  #: sockets that wait for the writer, or for a free frame
+        self.ready: deque[Relay] = deque()  #: sockets that had more than one frame took
+        self.starved: deque[Relay] = deque()  #: sockets that wait for the writer, or for a free frame
         self._settings = settings
         self._seg = Segment()
         self._syns: list[tuple[bytes, bytes, Segment]] = []  # flow, packet, SYN
@@ -200,22 +202,23 @@ class TcpFlows:
                 self._begin(key, packet, syn, iss, now)
             if len(syns) > SYNS_A_BREATH:
                 self.count[counts.TCP_SYN_DROPPED_PENDING] += len(syns) - SYNS_A_BREATH
-        if self.acks:
-            for relay in self.acks:
-                relay.ack_at_end_of_batch(now)
-            self.acks.clear()
+        acks = self.acks
+        while acks:
+            acks.popleft().ack_at_end_of_batch(now)
 
     def run(self, now: float) -> None:
         """Go on with sockets that had more to read, and run the queues of timers."""
-        if self.ready:
-            ready, self.ready = self.ready, []
-            for relay in ready:
-                relay.read_again(now)
-        if self.starved:
-            starved, self.starved = self.starved, []
-            for relay in starved:
-                relay.read_again(now)
-            self._retry_at = now + RETRY_SECONDS if self.starved else inf
+        ready = self.ready
+        for _ in range(len(ready)):
+            ready.popleft().read_again(now)
+        starved = self.starved
+        if starved:
+            port = self.port
+            for _ in range(len(starved)):
+                if port.backlog >= BACKLOG or not port.large.free:
+                    break
+                starved.popleft().read_again(now)
+            self._retry_at = now + RETRY_SECONDS if starved else inf
         delayed = self.delayed
         while delayed and delayed[0][0] <= now:
             delayed.popleft()[1].delayed_ack_due(now)

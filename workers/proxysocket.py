@@ -162,6 +162,7 @@ class ProxySocket:
         self._moved_at = now
         self._flows.handlers[self._socket.fileno()] = self._ready
         self._flows.timers.call_at(now + LINGER_SECONDS, self._linger)
+        self._ready(0, now)  # an event of this breath would have gone to the relay
 
     def _ready(self, mask: int, now: float) -> None:
         """Send on; nobody is left who could be told of a failure."""
