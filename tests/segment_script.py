@@ -3,6 +3,7 @@
     // comment                                    --option=value: see OPTIONS; stands before the first event
     +0.1 < S 0:0(0) win 65535 <mss 1460,nop>      0.1 s after the event before, this segment arrives
     0.3  > S. 0:0(0) ack 1 <...>                  at 0.3 s this one is sent; <...>: whatever its options are
+    +0   connect(3, ..., ...) = 0                 the active side: a script begins with this or with a SYN
     +0   accept(3, ..., ...) = 4                  the handshake is complete
     +0   write(4, ..., 1000) = 1000               the relay has 1000 octets to send
     +0   read(4, ..., 1000) = 1000                the proxy takes 1000 octets (with --proxy=slow; else it takes all)
@@ -139,6 +140,11 @@ class Script:
             self._nothing_sent()
             call = _CALL.fullmatch(what)
             assert call, "this event cannot be read"
+            if call["name"] == "connect":
+                assert self.conn is None, "there is a connection already"
+                self.conn = Connection.connect(ISS, int(self._options["mss"]))
+                self._output()
+                return
             self._call(call["name"], [word.strip() for word in call["arguments"].split(",")], int(call["result"]))
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -185,7 +191,7 @@ class Script:
         )
         words = re.sub(r"(\d+):(\d+)", lambda m: f"{(ISS + int(m[1])) & MASK}:{(ISS + int(m[2])) & MASK}", words)
         seg.parse_options(options_bytes(words))
-        memory = bytes(7) + text_of(relative - 1, length)
+        memory = bytes(7) + text_of(relative - 1 + bool(seg.flags & SYN), length)
         seg.text_at = 7
         if self.conn is None:
             assert seg.flags == SYN, "a script begins with a SYN"
@@ -240,12 +246,13 @@ class Script:
             if out.sack_permitted:
                 words.append("sackOK")
         if out.ts_present:
-            words.append(f"TS val {(out.ts_val - int(START * 1000)) & MASK} ecr {(out.ts_ecr - THEIR_TS) & MASK}")
+            echo = (out.ts_ecr - THEIR_TS) & MASK if out.flags & ACK else out.ts_ecr
+            words.append(f"TS val {(out.ts_val - int(START * 1000)) & MASK} ecr {echo}")
         if out.sack:
             edges = [f"{(left - IRS) & MASK}:{(right - IRS) & MASK}" for left, right in out.sack]
             words.append("sack " + " ".join(edges))
         relative -= 2**32 if relative >= 2**31 else 0
-        ack = (out.ack - IRS) & MASK
+        ack = (out.ack - IRS) & MASK if out.flags & ACK else -1
         sent = {
             "flags": letters,
             "seq": relative,

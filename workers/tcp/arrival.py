@@ -17,6 +17,7 @@ from workers.tcp.events import (
     UNACCEPTABLE_ACK,
 )
 from workers.tcp.limits import CHALLENGE_INTERVAL, DELAYED_ACK, PAWS_IDLE, QUICK_ACKS
+from workers.tcp.opening import answer_arrives
 from workers.tcp.reassembly import Reassembly
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
@@ -29,6 +30,7 @@ from workers.tcp.states import (
     FIN_WAIT_2,
     LAST_ACK,
     SYN_RECEIVED,
+    SYN_SENT,
     TIME_WAIT,
 )
 
@@ -46,10 +48,20 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
     seg.len = 0
     if conn.state == CLOSED:
         return
-    if conn.state == SYN_RECEIVED and seg.flags & (SYN | ACK) == SYN and seg.seq == rcv.irs:
-        if _may_answer(conn, now):
-            conn.syn_due = True  # the SYN again: so is the SYN-ACK
+    if conn.state == SYN_SENT:
+        if answer_arrives(conn, seg, now) and (seg_len or seg.flags & FIN):
+            seg.seq = (seg.seq + 1) & MASK
+            _text_and_fin(conn, seg, seg_len, 0, memory, now)
         return
+    if conn.state == SYN_RECEIVED and seg.flags & SYN and seg.seq == rcv.irs:
+        if not seg.flags & ACK:
+            if _may_answer(conn, now):
+                conn.syn_due = True  # the SYN again: so is the SYN-ACK
+            return
+        if seg.ack == conn.snd.nxt:  # both sides have opened at once (RFC 9293, figure 8)
+            seg.flags ^= SYN
+            seg.seq = rcv.nxt
+            conn.ack_due = AT_ONCE
 
     # First, check sequence number; before it PAWS (RFC 7323, 5.3, R1).
     if conn.timestamps and not seg.flags & RST:
@@ -61,8 +73,7 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
             _acknowledge_again(conn, seg.flags, seg_len, now)
             return
     offset = (seg.seq - rcv.nxt) & MASK
-    fin = bool(seg.flags & FIN)
-    occupied = seg_len + fin + bool(seg.flags & SYN)
+    occupied = seg_len + bool(seg.flags & FIN) + bool(seg.flags & SYN)
     acceptable = _acceptable(rcv.wnd, offset, occupied)
     if not acceptable:
         count[counts.TCP_DROPPED_OUTSIDE] += 1
@@ -101,7 +112,15 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
     if not _ack_arrives(conn, seg, seg_len, now) or not acceptable:
         return
 
-    # Sixth, the URG bit: ignored, urgent text is text (RFC 9293, 3.8.5). Seventh, process the segment text.
+    # Sixth, the URG bit: ignored, urgent text is text (RFC 9293, 3.8.5).
+    _text_and_fin(conn, seg, seg_len, offset, memory, now)
+
+
+def _text_and_fin(conn: Connection, seg: Segment, seg_len: int, offset: int, memory: mmap | bytes, now: float) -> None:
+    """Steps seven and eight; offset is SEG.SEQ - RCV.NXT modulo 2**32."""
+    rcv = conn.rcv
+    fin = bool(seg.flags & FIN)
+    # Seventh, process the segment text.
     if conn.state in RECEIVING:
         if fin and rcv.fin_at < 0:
             position = seg_len - (-offset & MASK) if offset >= HALF else offset + seg_len
@@ -110,7 +129,7 @@ def steps(conn: Connection, seg: Segment, memory: mmap | bytes, now: float) -> N
         if seg_len:
             _text_arrives(conn, seg, seg_len, offset, memory, now)
     elif seg_len:
-        count[counts.TCP_DROPPED_AFTER_FIN] += 1
+        conn.policy.count[counts.TCP_DROPPED_AFTER_FIN] += 1
 
     # Eighth, check the FIN bit: done when the text before it is in order, by the relay after take_reassembled().
     if fin:

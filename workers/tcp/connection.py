@@ -1,4 +1,4 @@
-"""Connection: one TCP connection towards the device, the passive side (RFC 9293).
+"""Connection: one TCP connection towards the device (RFC 9293).
 
     segment_arrives(seg, memory, now)   from the device
     send · close · abort                from the relay: the RFC's user calls
@@ -13,9 +13,9 @@ out of order is copied, into the reassembly queue. No I/O, no clock, no randomne
 
 from math import inf
 from mmap import mmap
-from typing import Final
+from typing import Final, Self
 
-from workers.tcp import arrival, output
+from workers.tcp import arrival, opening, output
 from workers.tcp.events import (
     ACKED,
     AT_END_OF_BATCH,
@@ -27,8 +27,6 @@ from workers.tcp.events import (
     TEXT,
 )
 from workers.tcp.limits import (
-    DEFAULT_MSS,
-    FIRST_BUFFER,
     MAX_PACKET,
     MAX_RETRIES,
     MAX_SYN_RETRIES,
@@ -50,6 +48,7 @@ from workers.tcp.states import (
     LAST_ACK,
     NAMES,
     SYN_RECEIVED,
+    SYN_SENT,
     TIME_WAIT,
 )
 
@@ -57,7 +56,7 @@ CONTROL: Final = FIN | SYN | RST | ACK
 
 
 class Connection:
-    """The state of one connection; made in SYN_RECEIVED, once the proxy is connected and the SYN-ACK may go."""
+    """The state of one connection: in SYN_RECEIVED at first, when the SYN-ACK may go, or in SYN_SENT: connect()."""
 
     __slots__ = (
         "ack_due",
@@ -90,31 +89,26 @@ class Connection:
         "ts_recent_at",
     )
 
-    def __init__(self, syn: Segment, iss: int, mss: int, policy: Policy | None = None) -> None:
-        """Take the peer's SYN; `iss` as RFC 6528 says, `mss` what the device's MTU leaves for text (octets)."""
+    def __init__(self, syn: Segment | None, iss: int, mss: int, policy: Policy | None = None) -> None:
+        """Take the peer's SYN; `iss` as RFC 6528 says, `mss` what the device's MTU leaves for text (octets).
+
+        Without a SYN it is the active side, see connect().
+        """
         self.policy = policy = policy or Policy()
-        self.state = SYN_RECEIVED
+        self.state = SYN_SENT if syn is None else SYN_RECEIVED
         self.events = 0
-        self.snd = snd = SendSpace(iss)
-        self.rcv = rcv = ReceiveSpace(syn.seq, min(FIRST_BUFFER, policy.receive_buffer), mss)
+        self.snd = SendSpace(iss)
+        self.rcv = ReceiveSpace(0, policy.receive_buffer, mss)
         self.rtt = RttEstimator()
-        self.announced_mss = mss  #: the MSS option of our SYN-ACK
-        self.timestamps = syn.ts_present  #: RFC 7323: each segment carries the option
-        self.ts_recent = syn.ts_val if syn.ts_present else 0  #: TS.Recent
+        self.announced_mss = mss  #: the MSS option of our SYN
+        self.timestamps = True  #: RFC 7323: each segment carries the option
+        self.ts_recent = 0  #: TS.Recent
         self.ts_recent_at = inf  #: when it was set
-        self.sack = self.rtt.probes = syn.sack_permitted  #: RFC 2018: both sides permit SACK
-        if syn.window_scale >= 0:
-            snd.scale = syn.window_scale
-            rcv.scale = policy.scale
-            rcv.tuning.limit = policy.receive_buffer
-        else:
-            rcv.buffer = rcv.tuning.limit = min(rcv.buffer, 65535)
-        rcv.step = min(rcv.buffer // 2, 2 * mss)
-        snd.wnd = snd.max_wnd = syn.wnd  # the window of a SYN is never scaled (RFC 7323, 2.2)
-        snd.wl1 = syn.seq
-        #: Eff.snd.MSS (RFC 9293, 3.7.1): what the peer takes, less our options
-        self.smss = max(min(syn.mss or DEFAULT_MSS, mss, MAX_PACKET) - (12 if syn.ts_present else 0), 32)
-        self.congestion = policy.congestion(self.smss)
+        self.sack = True  #: RFC 2018: both sides permit SACK
+        self.smss = mss  #: Eff.snd.MSS (RFC 9293, 3.7.1)
+        self.congestion = policy.congestion(mss)
+        if syn is not None:
+            opening.take_syn(self, syn, inf)
         self.ack_due = NOT_DUE
         self.challenged_at = -inf  #: when a segment that may be forged was last answered
         self.pingpong = False  #: our data answers theirs soon: ACKs may ride on it
@@ -131,6 +125,11 @@ class Connection:
         self.keepalives = 0  #: probes in a row that nothing has answered
         self.probed_at = 0.0  #: when the last of them went out
 
+    @classmethod
+    def connect(cls, iss: int, mss: int, policy: Policy | None = None) -> Self:
+        """Open actively: a SYN is due, which offers every option; what was sent before the answer comes waits."""
+        return cls(None, iss, mss, policy)
+
     # ── user calls ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def send(self, octets: int) -> None:
@@ -144,10 +143,12 @@ class Connection:
             self.enter(FIN_WAIT_1)
         elif self.state == CLOSE_WAIT:
             self.enter(LAST_ACK)
+        elif self.state == SYN_SENT:
+            self.enter(CLOSED)
 
     def abort(self) -> None:
-        """Send RST and be done."""
-        self.reset_due = True
+        """Send RST, if the peer can know of us, and be done."""
+        self.reset_due = self.state != SYN_SENT
         self.ack_due = NOT_DUE
         self.rcv.blocks_due = False
         self.enter(CLOSED)
@@ -325,11 +326,11 @@ class Connection:
         """Do what is due: retransmit (RFC 6298, 5.4–5.7) or probe a closed window (RFC 9293, 3.8.6.1)."""
         if now < self.deadline:
             return
-        if now >= self.rto_at and self.state != SYN_RECEIVED and self.needs_recovery().timer(self, now):
+        if now >= self.rto_at and self.state > SYN_RECEIVED and self.needs_recovery().timer(self, now):
             return
         self.retries += 1
-        if self.retries > (MAX_SYN_RETRIES if self.state == SYN_RECEIVED else MAX_RETRIES):
-            self.reset_due = True
+        if self.retries > (MAX_SYN_RETRIES if self.state <= SYN_RECEIVED else MAX_RETRIES):
+            self.reset_due = self.state != SYN_SENT
             self.end(GAVE_UP)
             return
         if now >= self.persist_at:
@@ -337,10 +338,10 @@ class Connection:
             self.rtt.back_off()
             self.persist_at = now + self.rtt.rto
             return
-        if self.state == SYN_RECEIVED:
+        if self.state <= SYN_RECEIVED:
             self.rtt.back_off()
             self.rto_at = now + self.rtt.rto
-            self.congestion.cwnd = self.smss  # RFC 5681, 3.1: the initial window after a SYN-ACK that was lost
+            self.congestion.cwnd = self.smss  # RFC 5681, 3.1: the initial window after a SYN that was lost
             self.syn_due = True
         else:
             self.needs_recovery().timed_out(self, now)

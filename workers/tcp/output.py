@@ -10,7 +10,7 @@ from workers.tcp.limits import DELAYED_ACK, MAX_PACKET
 from workers.tcp.recovery import NEW_TEXT
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.sequence import HALF, MASK
-from workers.tcp.states import CLOSED, SYN_RECEIVED
+from workers.tcp.states import CLOSED, SYN_RECEIVED, SYN_SENT
 
 if TYPE_CHECKING:
     from workers.tcp.connection import Connection
@@ -30,7 +30,7 @@ def segment_to_send(conn: Connection, out: Segment, now: float) -> bool:
         return True
     if state == CLOSED:
         return False
-    if state == SYN_RECEIVED:
+    if state <= SYN_RECEIVED:
         if conn.syn_due:
             return _syn_to_send(conn, out, now)
         return conn.ack_due == AT_ONCE and ack_to_send(conn, out, now)
@@ -74,10 +74,13 @@ def _syn_to_send(conn: Connection, out: Segment, now: float) -> bool:
         _sent(conn, 1, now)
     else:
         snd.sent.clear()  # whose ACK comes cannot be known any more (Karn's algorithm)
-    _fill(conn, out, SYN | ACK, snd.iss, 0, now)
+    first = conn.state == SYN_SENT
+    _fill(conn, out, SYN if first else SYN | ACK, snd.iss, 0, now)
+    if first:
+        out.ack = 0
     out.wnd = min(conn.rcv.buffer, 65535)  # never scaled in a SYN (RFC 7323, 2.2)
     out.mss = conn.announced_mss
-    out.window_scale = conn.rcv.scale or -1
+    out.window_scale = conn.policy.scale if first else conn.rcv.scale or -1
     out.sack_permitted = conn.sack
     return True
 

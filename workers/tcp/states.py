@@ -1,21 +1,23 @@
-"""The states of a connection and the transitions that RFC 9293, figure 5, allows (the passive side so far)."""
+"""The states of a connection and the transitions that RFC 9293, figure 5, allows."""
 
 from typing import Final
 
 CLOSED: Final = 0
 LISTEN: Final = 1
-SYN_RECEIVED: Final = 2
-ESTABLISHED: Final = 3
-FIN_WAIT_1: Final = 4
-FIN_WAIT_2: Final = 5
-CLOSE_WAIT: Final = 6
-CLOSING: Final = 7
-LAST_ACK: Final = 8
-TIME_WAIT: Final = 9
+SYN_SENT: Final = 2
+SYN_RECEIVED: Final = 3
+ESTABLISHED: Final = 4
+FIN_WAIT_1: Final = 5
+FIN_WAIT_2: Final = 6
+CLOSE_WAIT: Final = 7
+CLOSING: Final = 8
+LAST_ACK: Final = 9
+TIME_WAIT: Final = 10
 
 NAMES: Final = (
     "CLOSED",
     "LISTEN",
+    "SYN_SENT",
     "SYN_RECEIVED",
     "ESTABLISHED",
     "FIN_WAIT_1",
@@ -29,6 +31,7 @@ NAMES: Final = (
 #: state → the states that may follow it; CLOSED may follow each (RST, abort, timeout)
 ALLOWED: Final = {
     LISTEN: frozenset({SYN_RECEIVED, CLOSED}),
+    SYN_SENT: frozenset({SYN_RECEIVED, ESTABLISHED, CLOSED}),
     SYN_RECEIVED: frozenset({ESTABLISHED, FIN_WAIT_1, CLOSE_WAIT, CLOSED}),
     ESTABLISHED: frozenset({FIN_WAIT_1, CLOSE_WAIT, CLOSED}),
     FIN_WAIT_1: frozenset({FIN_WAIT_2, CLOSING, TIME_WAIT, CLOSED}),
