@@ -123,12 +123,14 @@ def _sent(conn: Connection, octets: int, now: float) -> None:
     """Advance SND.NXT over what was sent for the first time, a FIN included."""
     snd = conn.snd
     snd.nxt = nxt = (snd.nxt + octets) & MASK
-    snd.sent.append((nxt, now))
     if conn.disorder and conn.recovery is not None:
+        snd.sent.append((nxt, conn.recovery.sent_at(now)))
         conn.recovery.text_sent(conn, octets)
         if conn.rto_at == inf:
             conn.rto_at = now + conn.rtt.rto
-    elif conn.rto_at == inf:
+        return
+    snd.sent.append((nxt, now))
+    if conn.rto_at == inf:
         conn.rto_at = now + (conn.rtt.pto if octets > conn.smss else conn.rtt.rto)
     elif conn.rto_at > now + conn.rtt.pto:
         conn.rto_at = now + conn.rtt.pto  # now that there is more than one segment a probe comes first (RFC 8985, 7.2)

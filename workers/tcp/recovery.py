@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from workers.tcp.connection import Connection
     from workers.tcp.segment import Segment
 
+TICK: Final = 1e-7  #: seconds between two transmissions of one breath
+
 OPEN: Final = 0
 RECOVERY: Final = 1
 LOSS: Final = 2
@@ -47,6 +49,7 @@ class Recovery:
     __slots__ = (
         "_prr_delivered",
         "_prr_flight",
+        "_sent_at",
         "_undo",
         "board",
         "duplicates",
@@ -73,6 +76,7 @@ class Recovery:
         self.prr_out = 0  #: octets sent in this recovery
         self._prr_delivered = 0  #: octets delivered in it
         self._prr_flight = 1  #: RecoverFS, octets in flight when it began
+        self._sent_at = -inf  #: when something was last sent, see sent_at()
         self._undo = -1  #: octets sent again and not reported twice by D-SACK; at 0 nothing was lost; -1 = do not undo
 
     # ── acknowledgements ────────────────────────────────────────────────────────────────────────────────────────
@@ -124,7 +128,7 @@ class Recovery:
         if advance:
             self._advance(conn, seg)
         if newest >= 0:
-            conn.rtt.sample(now - newest or EPSILON)
+            conn.rtt.sample(max(now - newest, EPSILON))
         elif again and seg.ts_present and seg.ts_ecr:
             elapsed = (int(now * 1000) - seg.ts_ecr) & MASK
             if elapsed < MAX_RTT:
@@ -157,6 +161,7 @@ class Recovery:
         self.frto = NO_FRTO
         self.probe_end = -1
         self.rack.begin()
+        self._sent_at = snd.sent[-1][1] if snd.sent else -inf
         self.reordering_timer = self.probe = False
 
     @property
@@ -369,6 +374,14 @@ class Recovery:
             return 2 * conn.smss if self.frto == NEW_TEXT else 0
         return conn.congestion.cwnd - self.pipe
 
+    def sent_at(self, now: float) -> float:
+        """Return the time to note for what is sent now.
+
+        The worker reads its clock once a breath, but what was sent first must be told from what was sent then.
+        """
+        self._sent_at = at = now if now > self._sent_at else self._sent_at + TICK
+        return at
+
     def text_sent(self, conn: Connection, octets: int) -> None:
         """Note that new text (a FIN counts) was sent."""
         self.board.nxt += octets
@@ -388,7 +401,7 @@ class Recovery:
             last = (snd.nxt - before - 1) & MASK
             start = max(board.nxt - (last % smss + 1), board.una)
             board.sent_again.add(start, board.nxt)
-            board.resent.append((now, start, board.nxt))
+            board.resent.append((self.sent_at(now), start, board.nxt))
             return (snd.una + start - board.una) & MASK, board.nxt - start
         if self.frto == NEW_TEXT:
             self.frto = NO_FRTO  # there was none
@@ -405,7 +418,7 @@ class Recovery:
             return None
         if length > smss:
             length = min(length, room - room % smss, window - window % smss, MAX_PACKET - MAX_PACKET % smss)
-        board.sent_lost(start, start + length, now)
+        board.sent_lost(start, start + length, self.sent_at(now))
         self.prr_out += length
         if self._undo >= 0:
             self._undo += length
