@@ -129,7 +129,7 @@ class Recovery:
             self._advance(conn, seg)
         if newest >= 0:
             conn.rtt.sample(max(now - newest, EPSILON))
-        elif again and seg.ts_present and seg.ts_ecr:
+        elif again and advance and seg.ts_present and seg.ts_ecr:
             elapsed = (int(now * 1000) - seg.ts_ecr) & MASK
             if elapsed < MAX_RTT:
                 conn.rtt.sample(elapsed / 1000 or GRANULARITY / 2)
