@@ -9,7 +9,6 @@ import pytest
 
 from tests.simulation import whole_scenario
 from tests.simulation.scenario import run
-from tests.simulation.whole_worker import WholeWorker
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))  #: 10,000 take 40 s of one core
 CHUNK = 250
@@ -26,10 +25,10 @@ def test_every_octet_arrives_and_every_run_ends(first):
             raise
 
 
-@pytest.mark.parametrize("first", range(0, WHOLE_SEEDS, 50))
+@pytest.mark.parametrize("first", range(0, WHOLE_SEEDS, whole_scenario.RUNS))
 def test_a_whole_worker_moves_every_octet_and_keeps_no_frame(first):
-    shard = WholeWorker()
-    for seed in range(first, first + 50):
+    shard = whole_scenario.worker_of(first)
+    for seed in range(first, first + whole_scenario.RUNS):
         try:
             whole_scenario.run(shard, seed)
         except Exception as error:

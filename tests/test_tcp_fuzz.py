@@ -13,14 +13,12 @@ from tests import builders
 from tests.builders import NOW, THEIR_CLOCK
 from tests.simulation import whole_scenario
 from tests.simulation.stranger import STRANGE_FRAMES
-from tests.simulation.whole_worker import WholeWorker
 from tests.test_simulation import SEEDS
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.states import CLOSED, NAMES, SYN_RECEIVED, TIME_WAIT
 
 MASK = 0xFFFFFFFF
 MEMORY = random.Random(5961).randbytes(70_000)
-CHUNK = 50  #: runs with a stranger; 25 ms each
 STATES = (
     builders.syn_received,
     builders.established,
@@ -131,10 +129,10 @@ def test_any_segments_in_any_state(first):
             raise
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS // 10, CHUNK))
+@pytest.mark.parametrize("first", range(0, SEEDS // 10, whole_scenario.RUNS))
 def test_live_flows_survive_a_stranger(first):
-    shard = WholeWorker()
-    for seed in range(first, first + CHUNK):
+    shard = whole_scenario.worker_of(first)
+    for seed in range(first, first + whole_scenario.RUNS):
         try:
             whole_scenario.run(shard, seed, strange=STRANGE_FRAMES)
         except Exception as error:

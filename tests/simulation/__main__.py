@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from tests.simulation import scenario, table, whole_scenario
 from tests.simulation.stranger import STRANGE_FRAMES
-from tests.simulation.whole_worker import WholeWorker
 
 
 def seeds(run: Callable, first: int, last: int) -> int:
@@ -25,12 +24,12 @@ def seeds(run: Callable, first: int, last: int) -> int:
 
 def of_a_whole_worker(seed: int, tell: Callable[[str], None] | None = None) -> object:
     """Run a seed with a worker of its own: one that failed is of no use to the next."""
-    return whole_scenario.run(WholeWorker(), seed, tell)
+    return whole_scenario.run(whole_scenario.worker_of(seed), seed, tell)
 
 
 def beside_a_stranger(seed: int, tell: Callable[[str], None] | None = None) -> object:
     """The same, attacked."""
-    return whole_scenario.run(WholeWorker(), seed, tell, strange=STRANGE_FRAMES)
+    return whole_scenario.run(whole_scenario.worker_of(seed), seed, tell, strange=STRANGE_FRAMES)
 
 
 def main(words: list[str]) -> int:

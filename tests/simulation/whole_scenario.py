@@ -16,6 +16,22 @@ from workers import counts
 from workers.icmperrors import MIN_MTU4, MIN_MTU6
 
 MAX_PACKETS = 300  #: of one way of one flow, about
+RUNS = 50  #: of one worker, one after the other
+#: what the workers of the runs are told, in turn
+SETTINGS = (
+    {},
+    {"early_accept": True},
+    {"tcp_keepalive": 20.0, "tcp_keepalive_interval": 5.0},  # flows that linger are asked whether they live
+    {"congestion": "newreno", "tcp_receive_buffer": 65_536},
+    {"mtu": 576},
+    {"mtu": 65_535, "early_accept": True},
+    {"mtu": 9000, "tcp_receive_buffer": 16_384},
+)
+
+
+def worker_of(seed: int) -> WholeWorker:
+    """Return a worker as the run of a seed has it."""
+    return WholeWorker(**SETTINGS[seed // RUNS % len(SETTINGS)])
 
 
 class Client:
@@ -25,7 +41,8 @@ class Client:
         world = shard.world
         dice = world.dice
         delay = dice.choice((0.0001, 0.001, 0.01, 0.1))
-        version = dice.choice((4, 6))
+        mtu = shard.worker.settings.mtu
+        version = dice.choice((4, 6)) if mtu >= 1280 else 4  # RFC 8200, 5
         least_mtu = MIN_MTU4 if version == 4 else MIN_MTU6
         self.down_link = Link(world, link_traits(dice, delay, least_mtu), f"{number} down")
         self.up_link = Link(world, link_traits(dice, delay), f"{number}   up")
@@ -35,7 +52,7 @@ class Client:
         target = target_traits(dice)
         self.aborted = min(*ends, target.resets_after) < inf or target.refuses
         sizes = (0, 1, 1000, 10_000, 30_000, 100_000, 400_000)
-        mss = min(traits.mss or 536, 1460) - 12
+        mss = min(traits.mss or 536, mtu - 40) - 12
         down = min(dice.choice(sizes), MAX_PACKETS * min(mss, traits.buffer, min(target.reads) * 2))
         up = min(dice.choice(sizes), MAX_PACKETS * mss)
         if traits.reader_period == 1.0:
