@@ -187,6 +187,7 @@ class Peer(Sender):
         received = self.received
         at_once = True
         if end > self._edge:  # behind the window nothing is taken
+            assert traits.shrinks, f"octets up to {end}, and the window was never open beyond {self._edge}"
             end = max(start, self._edge)
         if start <= received:
             if end > received:
@@ -268,15 +269,20 @@ class Peer(Sender):
         self.send(ACK, self.next_position)
 
     def window(self) -> int:
-        """Return the field for the header, and note the right edge that it tells."""
-        edge = self.received + self._buffer - self._unread
+        """Return the field for the header, and note the right edge that it tells.
+
+        What the scale rounds away is taken all the same if it was promised before (RFC 7323, 2.4).
+        """
         traits = self.traits
-        if edge < self._edge and not (traits.shrinks and self.world.dice.random() < traits.shrinks):
+        edge = self.received + self._buffer - self._unread
+        takes_back = edge < self._edge and traits.shrinks > 0 and self.world.dice.random() < traits.shrinks
+        if edge < self._edge and not takes_back:
             edge = self._edge
-        window = max(edge - self.received, 0)
         shift = traits.scale if traits.scale > 0 else 0
-        window = min(window >> shift, 65535)
-        self._edge = self.received + (window << shift)
+        window = min(max(edge - self.received, 0) >> shift, 65535)
+        told = self.received + (window << shift)
+        if takes_back or told > self._edge:
+            self._edge = told
         if traits.shrinks:
             dice = self.world.dice
             if dice.random() < traits.shrinks:

@@ -265,10 +265,14 @@ class Connection:
         return self.recovery
 
     def update_window(self, seg: Segment) -> None:
-        """Take SEG.WND unless the segment is older than the one that set it (SND.WL1, SND.WL2)."""
+        """Take SEG.WND unless the segment is older than the one that set it (SND.WL1, SND.WL2).
+
+        RFC 9293 compares SEG.SEQ first, but that goes back when the peer sends something again, and its acknowledgement
+        number never does: the window with a new SEG.ACK is the younger one, whatever stands in SEG.SEQ (as in Linux).
+        """
         snd = self.snd
-        newer = (seg.seq - snd.wl1) & MASK
-        if 0 < newer < HALF or (newer == 0 and (seg.ack - snd.wl2) & MASK < HALF):
+        newer = (seg.ack - snd.wl2) & MASK
+        if 0 < newer < HALF or (newer == 0 and (seg.seq - snd.wl1) & MASK < HALF):
             snd.wnd = wnd = seg.wnd << snd.scale
             snd.wl1 = seg.seq
             snd.wl2 = seg.ack

@@ -27,7 +27,7 @@ class SendSpace:
         self.fin = False  #: a FIN is queued behind the last octet
         self.wnd = 0  #: SND.WND, scaled
         self.wl1 = 0  #: SND.WL1, SEG.SEQ of the segment used for the last window update
-        self.wl2 = 0  #: SND.WL2, its SEG.ACK
+        self.wl2 = iss  #: SND.WL2, its SEG.ACK
         self.max_wnd = 0  #: the largest window that the peer has offered
         self.scale = 0  #: Snd.Wind.Shift (RFC 7323)
         #: what is in flight, oldest first: (the sequence number behind it, when it was first sent)
