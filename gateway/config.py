@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from gateway.keys import BY_NAME, KEYS, Key
-from gateway.proxyurl import MAX_CREDENTIAL, WITHOUT_PROXY, ConfigError, ProxyUrl, parse_proxy
+from gateway.proxyurl import IN_TLS, MAX_CREDENTIAL, WITHOUT_PROXY, ConfigError, ProxyUrl, parse_proxy
 from workers.socks import modes
 
 __all__ = ["Config", "ConfigError", "ProxyUrl", "control_directories", "control_path", "load", "parse_proxy"]
@@ -31,6 +31,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
 
     proxy: str = "socks5://127.0.0.1:1080"  #: with the password in it, wherever that came from
     password_file: str = ""
+    tls_ca: str = ""
+    tls_server_name: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
     device: str = "tun://tun0"
     mtu: int = 1500
     tun_address: str = "198.18.0.1"
@@ -109,6 +113,7 @@ def load(
     if given.get("placement") == "single" and given.get("workers", 0) > 1:
         raise ConfigError(f'placement "single" has one worker, not {given["workers"]}: allowed are 0 and 1')
     _check_udp_mode(given)
+    _check_tls(given)
     try:
         return msgspec.convert(given, Config)
     except msgspec.ValidationError as error:
@@ -160,9 +165,10 @@ def _from_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         if key is None:
             raise ConfigError(f"{name}: {_unknown('key', word)}")
         layer[word] = _read(key, value, False, name, "{where}: {key} = {value}")
-    if layer.get("password-file"):
-        # Beside the file that names it, wherever the daemon was started.
-        layer["password-file"] = str(Path(name).parent / layer["password-file"])
+    for word in ("password-file", "tls-ca", "tls-cert", "tls-key"):
+        if layer.get(word):
+            # Beside the file that names it, wherever the daemon was started.
+            layer[word] = str(Path(name).parent / layer[word])
     return layer
 
 
@@ -247,11 +253,21 @@ def _check_udp_mode(given: dict[str, Any]) -> None:
     """Refuse a mode of UDP that the kind of proxy cannot have."""
     mode = given.get("udp-mode", "auto")
     scheme = parse_proxy(given.get("proxy", Config().proxy)).scheme
-    if mode == modes.AUTO or scheme in ("socks5", "socks5h", *WITHOUT_PROXY):
+    if mode == modes.AUTO or scheme.startswith("socks5") or scheme in WITHOUT_PROXY:
         return
     can = modes.DIALECTS_OF.get(scheme, ())
     if mode not in can:
         raise ConfigError(f"udp-mode {mode}: {scheme}:// cannot carry it, allowed is {' or '.join((modes.AUTO, *can))}")
+
+
+def _check_tls(given: dict[str, Any]) -> None:
+    """Refuse TLS keys without TLS: somebody believes what is not so."""
+    keys = [name for name in ("tls-ca", "tls-server-name", "tls-cert", "tls-key") if given.get(name)]
+    scheme = parse_proxy(given.get("proxy", Config().proxy)).scheme
+    if keys and scheme not in IN_TLS:
+        raise ConfigError(f"{keys[0]}: {scheme}:// is not TLS, allowed is {' or '.join(f'{one}://' for one in IN_TLS)}")
+    if given.get("tls-key") and not given.get("tls-cert"):
+        raise ConfigError("tls-key needs tls-cert, the certificate that it belongs to")
 
 
 def _settle_password(given: dict[str, Any], layers: list[dict[str, Any]], env: Mapping[str, str]) -> None:

@@ -69,9 +69,10 @@ KEYS: Final[tuple[Key, ...]] = (
     Key(
         "proxy",
         "Where traffic leaves: socks5://user:pass@host:port (percent-encoded), socks4://user@…, socks4a://…, http://… "
-        "(CONNECT), direct:// (no proxy) or reject:// (nowhere).",
-        "socks5://[USER[:PASSWORD]@]HOST[:PORT], socks5h://…, socks4://[USER@]…, socks4a://…, http://…, direct:// or "
-        "reject://",
+        "and https://… (CONNECT), SOCKS5 inside TLS, WebSocket or HTTP (socks5+tls://…, socks5+ws://…/path, "
+        "socks5+wss://…, socks5+http://…), direct:// (no proxy) or reject:// (nowhere).",
+        "socks5://[USER[:PASSWORD]@]HOST[:PORT], socks5h://…, socks4://[USER@]…, socks4a://…, http://…, https://…, "
+        "socks5+tls://…, socks5+ws://…, socks5+wss://…, socks5+http://…, direct:// or reject://",
         read_proxy,
         "URL",
         ("-p", "--local-socks-addr"),
@@ -85,6 +86,16 @@ KEYS: Final[tuple[Key, ...]] = (
         read_text,
         "FILE",
     ),
+    Key("tls-ca", "Trust this CA (PEM) and no other, for a proxy in TLS.", "the path of a file", read_text, "FILE"),
+    Key(
+        "tls-server-name",
+        "Name that the proxy's certificate must have, and SNI, if it is not the URL's host.",
+        "a host name",
+        read_text,
+        "NAME",
+    ),
+    Key("tls-cert", "Certificate (PEM) to show to the proxy.", "the path of a file", read_text, "FILE"),
+    Key("tls-key", "Its key, if that is not in the same file.", "the path of a file", read_text, "FILE"),
     Key(
         "device",
         "Device to read packets from: tun://NAME (made, and removed at the end) or fd://N (inherited).",

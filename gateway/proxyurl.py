@@ -11,15 +11,29 @@ from urllib.parse import quote, unquote_to_bytes
 import msgspec
 
 #: scheme → port where the URL names none: RFC 1928, 3, and RFC 9110, 4.2.1
-SCHEMES: Final = {"socks5": 1080, "socks5h": 1080, "socks4": 1080, "socks4a": 1080, "http": 80}
+SCHEMES: Final = {
+    "socks5": 1080,
+    "socks5h": 1080,
+    "socks4": 1080,
+    "socks4a": 1080,
+    "http": 80,
+    "https": 443,
+    "socks5+tls": 1080,
+    "socks5+ws": 80,
+    "socks5+wss": 443,
+    "socks5+http": 80,
+}
+#: inside TLS, WebSocket or HTTP: a process of its own speaks to the proxy (carrier.py)
+CARRIED: Final = ("https", "socks5+tls", "socks5+ws", "socks5+wss", "socks5+http")
+#: of them, those in TLS
+IN_TLS: Final = ("https", "socks5+tls", "socks5+wss")
+_WITH_PATH: Final = ("socks5+ws", "socks5+wss")
 #: nobody is asked: each target itself, or nothing
 WITHOUT_PROXY: Final = ("direct", "reject")
 
 # What the programs that people come from understand, so that the answer can be "not yet" instead of "what?".
-_KNOWN_ELSEWHERE: Final = frozenset(
-    ("socks", "https", "ss", "ssh", "relay", "trojan", "vmess", "vless", "tls", "ws", "wss")
-)
-_ALLOWED: Final = "allowed are socks5://, socks5h://, socks4://, socks4a://, http://, direct:// and reject://"
+_KNOWN_ELSEWHERE: Final = frozenset(("socks", "ss", "ssh", "relay", "trojan", "vmess", "vless", "tls", "ws", "wss"))
+_ALLOWED: Final = f"allowed are {', '.join(f'{scheme}://' for scheme in SCHEMES)}, direct:// and reject://"
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _HOST_NAME: Final = re.compile(
     r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?"
@@ -39,6 +53,7 @@ class ProxyUrl(msgspec.Struct, frozen=True):
     port: int = 0
     username: str = ""
     password: str = ""
+    path: str = ""  #: of a WebSocket, "" for /
 
     def __str__(self) -> str:
         """Write the URL as it may be shown: without the password."""
@@ -59,7 +74,7 @@ class ProxyUrl(msgspec.Struct, frozen=True):
         if self.password and with_password:
             who += ":" + quote(self.password, safe="")
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{who}{'@' if who else ''}{host}:{self.port}"
+        return f"{self.scheme}://{who}{'@' if who else ''}{host}:{self.port}{self.path}"
 
 
 def parse_proxy(url: str) -> ProxyUrl:
@@ -77,10 +92,16 @@ def parse_proxy(url: str) -> ProxyUrl:
         if scheme in _KNOWN_ELSEWHERE:
             raise ConfigError(f"{scheme}:// is not supported yet: {_ALLOWED}")
         raise ConfigError(f"unknown scheme {scheme}://: {_ALLOWED}")
+    path = ""
+    if scheme in _WITH_PATH:
+        rest, slash, path = rest.partition("/")
+        path = slash + path
+        if not path.isascii() or re.search(r"[\x00-\x20\x7f]", path):
+            raise ConfigError("the path holds characters that must be percent-encoded")
     credentials, at, address = rest.rpartition("@")
     username, password = _credentials(credentials) if at else ("", "")
     host, port = _address(address)
-    proxy = ProxyUrl(scheme, host, port or SCHEMES[scheme], username, password)
+    proxy = ProxyUrl(scheme, host, port or SCHEMES[scheme], username, password, path)
     _check_credentials(proxy)
     return proxy
 
@@ -92,7 +113,7 @@ def _check_credentials(proxy: ProxyUrl) -> None:
             raise ConfigError(f"{proxy.scheme} has a user id but no password: write {proxy.scheme}://USER@HOST:PORT")
         if "\0" in proxy.username:
             raise ConfigError("the user id holds a zero byte, which ends it in SOCKS4")
-    if proxy.scheme == "http" and ":" in proxy.username:
+    if proxy.scheme in ("http", "https") and ":" in proxy.username:
         raise ConfigError("the user name holds a colon, which ends it in HTTP (RFC 7617)")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from setproctitle import setproctitle
 
@@ -35,13 +35,16 @@ from gateway.privileges import (
     probe_upstream_rights,
 )
 from gateway.process import Child, Process, Rights, Role, Setup, fork_child, make_processes, roles_for
-from gateway.proxyurl import WITHOUT_PROXY, parse_proxy
+from gateway.proxyurl import CARRIED, WITHOUT_PROXY, parse_proxy
 from gateway.resolve import Addresses, NameLookup
 from gateway.settings import has_ipv6, proxy_name, settings_from
 from gateway.tree import ProcessTree, printable
 from ipc.channel import Channel, ChannelClosed, Message
 from ipc.memory import SharedMemory
 from workers.socks import modes
+
+if TYPE_CHECKING:
+    from gateway.carrier import Carrier
 
 log = logging.getLogger("ringway")
 
@@ -77,6 +80,7 @@ class Supervisor:
         self._lookup: NameLookup | None = None
         self._probe: ProxyProbe | None = None
         self._abilities: AbilityProbe | None = None
+        self._carrier: Carrier | None = None
         self._health: ProxyHealth
         #: whose descriptors no child may keep
         self._private: list[EventLoop | ControlServer | NameLookup | ProxyProbe | AbilityProbe | ProcessTree] = []
@@ -100,6 +104,11 @@ class Supervisor:
             # From now on a signal is noted; the loop acts on it when it runs.
             loop.catch(SIGNALS, self._signalled)
             self._health = ProxyHealth(loop, proxy_name(self._proxy), self._ask_abilities)
+            if self._proxy.scheme in CARRIED:
+                from gateway.carrier import Carrier
+
+                self._carrier = Carrier(config)
+                undo.callback(self._carrier.close)
             self._device = open_device(config.device, mtu=config.mtu, offloads=config.offloads)
             undo.callback(self._device.close)
             self._open_control(undo)
@@ -143,7 +152,8 @@ class Supervisor:
         undo.callback(lookup.close)
         self._lookup = lookup
         lookup.begin()
-        udp = config.udp_mode == modes.AUTO and proxy.scheme in modes.DIALECTS_OF
+        # What a carrier's proxy can do is the carrier's affair.
+        udp = config.udp_mode == modes.AUTO and proxy.scheme in modes.DIALECTS_OF and self._carrier is None
         pipelined = config.pipelined_handshake == "auto" and proxy.scheme in ("socks5", "socks5h")
         if udp or pipelined:
             find = partial(
@@ -213,9 +223,16 @@ class Supervisor:
         config = self.config
         roles, counter_names = self._roles_for(config.placement)
         shards = 1 if config.placement == "single" else config.workers or usable_cpus()
-        shared = SharedMemory(shards, counter_names(shards))
+        names = counter_names(shards)
         addresses = self._lookup.wait() if self._lookup else []
-        self._setup = Setup(shared, self._device, settings_from(config, self._device.mtu, addresses))
+        settings = settings_from(config, self._device.mtu, addresses)
+        carrier = self._carrier
+        if carrier is not None:
+            roles = (*roles, carrier.role)
+            names = {**names, carrier.role.block: carrier.counters}
+            settings = carrier.settings(settings, config.pipelined_handshake != "no")
+        shared = SharedMemory(shards, names)
+        self._setup = Setup(shared, self._device, settings)
         self._tree = ProcessTree(
             self._loop,
             make_processes(roles, shards),
@@ -287,8 +304,9 @@ class Supervisor:
             self._end_without_device()
 
     def _new_addresses(self, addresses: Addresses) -> None:
-        self._setup = replace(self._setup, settings=replace(self._setup.settings, proxy_addresses=addresses))
-        self._tell_workers({"do": "proxy-addresses", "addresses": [list(each) for each in addresses]})
+        if self._carrier is None:
+            self._setup = replace(self._setup, settings=replace(self._setup.settings, proxy_addresses=addresses))
+            self._tell_workers({"do": "proxy-addresses", "addresses": [list(each) for each in addresses]})
         if self._probe is not None:
             self._probe.start()
         self._ask_abilities()
@@ -325,10 +343,12 @@ class Supervisor:
     # -- forks --
 
     def _fork(self, process: Process) -> Child:
-        role, setup = process.role, self._setup
+        role, setup, carrier = process.role, self._setup, self._carrier
 
         def let_go() -> None:
             self._let_go()
+            if carrier is not None and role.name != carrier.role.name:
+                carrier.close_in_child()
             if not role.keeps_device:
                 os.close(self._device.fileno())
 
@@ -343,6 +363,8 @@ class Supervisor:
     def _fork_helper(self, label: str, main: Callable[[Channel], None], keep: frozenset[int] = frozenset()) -> Child:
         def let_go() -> None:
             self._let_go()
+            if self._carrier is not None:
+                self._carrier.close_in_child()
             os.close(self._device.fileno())
 
         return fork_child(label, main, let_go=let_go, identity=self._rights.identity, keep=keep)

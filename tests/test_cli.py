@@ -169,7 +169,7 @@ def test_exit_codes_of_run(ran: list[Config], capsys: pytest.CaptureFixture[str]
         ("-public-only true", "Got unexpected extra argument (true)"),
         ("-public-only=perhaps", "--public-only perhaps: allowed is true or false"),
         ("run -p", "Option '-p' requires an argument"),
-        ("run -p https://h", "--proxy: https:// is not supported yet"),
+        ("run -p trojan://h", "--proxy: trojan:// is not supported yet"),
         ("rnu", "no command 'rnu'; the nearest one is run, allowed are run, exec, proxy, check, status"),
         ("-c /nowhere/x.toml", "/nowhere/x.toml: cannot read the configuration: No such file or directory"),
         ("check --target h", "--target h: allowed is HOST:PORT"),

@@ -50,6 +50,10 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
     values = {
         "proxy": "direct://",
         "password-file": "",
+        "tls-ca": "",
+        "tls-server-name": "",
+        "tls-cert": "",
+        "tls-key": "",
         "device": "fd://3",
         "mtu": 9000,
         "tun-address": "10.0.0.2",
@@ -124,7 +128,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         ('tcp-receive-buffer = "2g"', "tcp-receive-buffer = '2g': allowed is a size from 64k to 1g"),
         ('tcp-receive-buffer = "4 MB"', "tcp-receive-buffer = '4 MB': allowed is a size from 64k to 1g"),
         ("udp-timeout = inf", "udp-timeout = inf: allowed is a time above 0"),
-        ('proxy = "https://u:secret@h"', "proxy: https:// is not supported yet: allowed are socks5://"),
+        ('proxy = "trojan://u:secret@h"', "proxy: trojan:// is not supported yet: allowed are socks5://"),
     ],
 )
 def test_errors_in_a_file_name_file_key_and_what_is_allowed(tmp_path: Path, line: str, sentence: str) -> None:
@@ -262,11 +266,33 @@ def test_filtering_is_never_wider_than_the_mapping() -> None:
         ("SOCKS4A://h:9/", ProxyUrl("socks4a", "h", 9)),
         ("http://u:p%3A@h", ProxyUrl("http", "h", 80, "u", "p:")),
         ("http://[::1]:3128", ProxyUrl("http", "::1", 3128)),
+        ("https://u@h", ProxyUrl("https", "h", 443, "u")),
+        ("socks5+tls://h", ProxyUrl("socks5+tls", "h", 1080)),
+        ("socks5+ws://u:p@h", ProxyUrl("socks5+ws", "h", 80, "u", "p")),
+        ("socks5+wss://h:8443/ws?path=1", ProxyUrl("socks5+wss", "h", 8443, path="/ws?path=1")),
+        ("socks5+http://h/", ProxyUrl("socks5+http", "h", 80)),
     ],
 )
 def test_proxy_urls(url: str, proxy: ProxyUrl) -> None:
     assert parse_proxy(url) == proxy
     assert parse_proxy(proxy.url()) == proxy
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            {"proxy": "socks5://h", "tls-ca": "ca.pem"},
+            "tls-ca: socks5:// is not TLS, allowed is https:// or",
+        ),
+        ({"proxy": "socks5+ws://h", "tls-server-name": "n"}, "tls-server-name: socks5+ws:// is not TLS"),
+        ({"proxy": "https://h", "tls-key": "key.pem"}, "tls-key needs tls-cert"),
+    ],
+)
+def test_tls_keys_without_tls(flags: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(env={}, flags=flags)
+    assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(("scheme", "modes"), [("socks5", "udp gost hev uot"), ("http", "uot"), ("socks4", "")])
@@ -283,7 +309,10 @@ def test_modes_of_udp_that_a_kind_of_proxy_can_have(scheme: str, modes: str) -> 
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("https://h", "https:// is not supported yet: allowed are socks5://, socks5h://, socks4://"),
+        ("trojan://h", "trojan:// is not supported yet: allowed are socks5://, socks5h://, socks4://"),
+        ("socks5+ws://h/a b", "the path holds characters that must be percent-encoded"),
+        ("socks5+tls://h/path", "is neither an address nor a host name"),
+        ("https://u%3Av@h", "the user name holds a colon"),
         ("ss://h", "ss:// is not supported yet"),
         ("sock5://h", "unknown scheme sock5://"),
         ("socks5://", "no host"),

@@ -15,8 +15,11 @@ import pytest
 from gateway.__main__ import main
 from gateway.cli.check import missing_of
 from gateway.probe import Finding, best_mode, probe
+from gateway.proxy.tls import ServerTls
 from gateway.proxyurl import ProxyUrl, parse_proxy
+from tests.certificates import CA, LOCALHOST
 from tests.peers import need
+from tests.proxy_running import Running
 
 TIMEOUT = 1.0
 LOOPBACK = [("127.0.0.1", 9)]
@@ -519,3 +522,37 @@ def test_dante(tmp_path: Path) -> None:
         )
     assert results(findings)["connect-ipv4"] == results(findings)["udp-associate"] == "works"
     assert seen(findings, "udp-associate").startswith("relay at 127.0.0.1:")
+
+
+# -- inside something else --
+
+
+@pytest.mark.parametrize(
+    ("carrier", "flags", "missing"),
+    [
+        ("ws", [], []),
+        ("tls", ["--tls-ca", CA], []),
+        ("tls", [], ["proxy"]),
+        ("tls", ["--tls-ca", CA, "--tls-server-name", "other.test"], ["proxy"]),
+    ],
+)
+def test_check_of_a_proxy_inside_something_else(
+    carrier: str, flags: list[str], missing: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tls = ServerTls(LOCALHOST) if carrier == "tls" else None
+    with server(silent) as target, Running(carrier=carrier, tls=tls) as running:
+        where = f"socks5+{carrier}://localhost:{running.server.address[1]}"
+        arguments = ["check", "-p", where, "--target", f"127.0.0.1:{target.port}", "--timeout", "1", "--json", *flags]
+        assert main(arguments) == bool(missing)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["missing"] == missing
+    if not missing:
+        assert {check["name"]: check["result"] for check in answer["checks"]}["connect-ipv4"] == "works"
+        assert answer["udp"] == "udp"
+
+
+def test_a_password_that_is_wrong_inside_something_else_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    with Running(carrier="ws", username="me", password="secret") as running:
+        where = f"socks5+ws://me:guess@127.0.0.1:{running.server.address[1]}"
+        assert main(["check", "-p", where, "--timeout", "1", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == ["connect"]

@@ -10,7 +10,7 @@ from gateway.cli.options import ConfiguredCommand, configuration, configuration_
 from gateway.config import Config, ConfigError, parse_proxy
 from gateway.conversation import Address
 from gateway.probe import Finding, best_mode, probe
-from gateway.proxyurl import WITHOUT_PROXY
+from gateway.proxyurl import CARRIED, WITHOUT_PROXY
 from workers.socks import modes
 
 _MARKS: Final = {
@@ -63,9 +63,14 @@ def command(
     config = configuration(config_path, values)
     addresses = [_target(one) for one in targets]
     proxy = parse_proxy(config.proxy)
-    findings = probe(
-        proxy, targets=addresses, resolvers=config.tun_dns, udp_address=config.udp_address, timeout=timeout
-    )
+    if proxy.scheme in CARRIED:
+        from gateway.probecarried import probe_carried
+
+        findings = probe_carried(config, targets=addresses, timeout=timeout)
+    else:
+        findings = probe(
+            proxy, targets=addresses, resolvers=config.tun_dns, udp_address=config.udp_address, timeout=timeout
+        )
     missing = missing_of(findings, required, must_connect=bool(targets), direct=proxy.scheme in WITHOUT_PROXY)
     if as_json:
         _print_json(config, findings, missing)

@@ -95,6 +95,9 @@ class Forwarder:
         if udp_mode == AUTO and url.carrier == RAW and socks_tls == "off" and not via:
             # Beside a plain tunnel UDP may pass by itself; beside any other it would be what the tunnel hides.
             self._ways = ("udp", *self._ways)
+        if url.proxy.scheme == "http":
+            # HTTP has UoT alone, and HTTP proxies grant a CONNECT to whatever name: only on request.
+            self._ways = tuple(way for way in self._ways if way.startswith("uot") and udp_mode != AUTO)
         self._found = ""  #: the way that was granted last
         self._is_down = False
 
@@ -126,6 +129,9 @@ class Forwarder:
 
     def associate(self, server: "Server", session: "Session") -> Attempt | None:
         """Find a way for datagrams: the one that was found before, else each in its turn."""
+        if not self._ways:
+            session.refuse(COMMAND_NOT_SUPPORTED, "no-udp")
+            return None
         ways = sorted(self._ways, key=lambda way: way != self._found)
         attempt = _Associate(server, self, session, ways)
         attempt.start()
@@ -133,10 +139,13 @@ class Forwarder:
 
     # For openings
 
-    def handshake(self, command: int, host: Host, port: int) -> SocksHandshake:
+    def handshake(self, command: int, host: Host, port: int) -> Handshake:
         """Return what is said to the other server."""
         proxy = self.url.proxy
         username = proxy.username or None
+        if proxy.scheme == "http":
+            credentials = basic_credentials(proxy.username, proxy.password) if username else ""
+            return http_handshake(command, host, port, credentials)
         if self._socks_tls == "off":
             return SocksHandshake(command, host, port, username, proxy.password)
         return TlsMethodHandshake(command, host, port, username, proxy.password, self._socks_tls == "gost-v1")
@@ -190,7 +199,7 @@ class _Connect:
     def __init__(self, session: "Session") -> None:
         self._session = session
 
-    def opened(self, stream: Layered, handshake: SocksHandshake) -> None:
+    def opened(self, stream: Layered, handshake: Handshake) -> None:
         self._session.connected(stream, write_address(*handshake.bound or (_UNSPECIFIED, 0)), handshake.surplus)
 
     def not_opened(self, reply: int, reason: str, refused: bool) -> None:
@@ -210,7 +219,7 @@ class _Bind(Owner):
         self._session = session
         self._held = b""
 
-    def opened(self, stream: Layered | None = None, handshake: SocksHandshake | None = None) -> None:
+    def opened(self, stream: Layered | None = None, handshake: Handshake | None = None) -> None:
         if not stream or not handshake:
             return
         self._stream = stream
@@ -306,7 +315,7 @@ class _Associate:
         if self._opening:
             self._opening.cancel()
 
-    def opened(self, stream: Layered, handshake: SocksHandshake) -> None:
+    def opened(self, stream: Layered, handshake: Handshake) -> None:
         server = self._server
         out: Out
         if self._way == "udp":

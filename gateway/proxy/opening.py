@@ -29,7 +29,7 @@ NAMELESS_TIMEOUT: Final = 1.0  # seconds for the rest of a reply that gost v1 ma
 class Caller(Protocol):
     """Who wants the tunnel."""
 
-    def opened(self, stream: Layered, handshake: SocksHandshake) -> None:
+    def opened(self, stream: Layered, handshake: Handshake) -> None:
         """Take the stream, on which the command has been granted; the surplus is in the handshake."""
 
     def not_opened(self, reply: int, reason: str, refused: bool) -> None:
@@ -190,6 +190,9 @@ class Opening(Owner):
 
     def _ask(self, handshake: Handshake) -> None:
         self._handshake = handshake
+        if handshake.done:  # the other server cannot be asked for that
+            self._refused(handshake.reply, f"tunnel-reply-{handshake.reply}")
+            return
         if self._stream:
             self._stream.write(handshake.first_bytes)
         surplus, self._surplus = self._surplus, b""
@@ -205,7 +208,7 @@ class Opening(Owner):
     def _granted(self) -> None:
         stream = self._stream
         self._over()
-        if stream and isinstance(self._handshake, SocksHandshake):
+        if stream and self._handshake:
             self._forwarder.works()
             self._caller.opened(stream, self._handshake)
 

@@ -75,10 +75,12 @@ class Server:
         carrier: str = RAW,
         tls: ServerTls | None = None,
         open_socket: Callable[[int, int], socket.socket] = socket.socket,
+        listener: socket.socket | None = None,
+        counters: "Counter[str] | None" = None,
         reuse_port: bool = False,
         portable: bool = sys.platform != "linux",
     ) -> None:
-        """Listen; raises ListenError when the address cannot be had."""
+        """Listen, or take the socket that listens; raises ListenError when the address cannot be had."""
         self.credentials: tuple[bytes, bytes] | None = None
         if username is not None:
             self.credentials = (username.encode(), password.encode())
@@ -93,8 +95,8 @@ class Server:
         self._http = HttpListener(self, self._attend) if carrier == HTTP else None
         self.open_socket = open_socket
         self.portable = portable
-        self.counters: Counter[str] = Counter()
-        self._listener = _listen(listen, reuse_port)
+        self.counters: Counter[str] = Counter() if counters is None else counters
+        self._listener = listener or listen_at(listen, reuse_port)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]  #: where clients connect to
         self.poller = new_poller(portable)
         self.pipes = PipePool(enabled=not portable)
@@ -271,7 +273,8 @@ class Server:
         self.poller.close()
 
 
-def _listen(listen: tuple[str, int], reuse_port: bool) -> socket.socket:
+def listen_at(listen: tuple[str, int], reuse_port: bool = False) -> socket.socket:
+    """Return a socket that listens, for a Server. Raises ListenError."""
     host, port = listen
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:

@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from gateway.proxyurl import ConfigError, ProxyUrl, parse_proxy
+from gateway.proxyurl import CARRIED, WITHOUT_PROXY, ConfigError, ProxyUrl, parse_proxy
 
 RAW: Final = "raw"
 TLS: Final = "tls"
@@ -41,7 +41,7 @@ _URL: Final = re.compile(r"([A-Za-z0-9+.-]+)://([^/]*)(/.*)?")
 
 
 class TunnelUrl(msgspec.Struct, frozen=True):
-    """The other end of a tunnel."""
+    """The other end of a tunnel: a SOCKS5 server, or (scheme "http") an HTTP proxy that is asked to CONNECT."""
 
     carrier: str
     proxy: ProxyUrl
@@ -49,6 +49,8 @@ class TunnelUrl(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         """Write the URL as it may be shown: without the password."""
+        if self.proxy.scheme == "http":
+            return f"https{str(self.proxy).removeprefix('http')}"
         scheme = next(scheme for scheme, (carrier, _) in CARRIERS.items() if carrier == self.carrier)
         return f"{scheme}{str(self.proxy).removeprefix('socks5')}{'' if self.path == '/' else self.path}"
 
@@ -80,6 +82,6 @@ def parse_tunnel(text: str) -> TunnelUrl:
 def parse_via(text: str) -> ProxyUrl:
     """Take the URL of the proxy before a tunnel apart: HTTP CONNECT or SOCKS. Raises ConfigError."""
     via = parse_proxy(text)
-    if via.scheme in ("direct", "reject"):
+    if via.scheme in (*WITHOUT_PROXY, *CARRIED):
         raise ConfigError("allowed are http://, socks5://, socks4:// and socks4a://")
     return via

@@ -27,6 +27,7 @@ from typing import Final
 
 import pytest
 
+from tests.certificates import LOCALHOST
 from tests.netns.daemon import RINGWAY
 from tests.netns.world import NET_GW4, NET_GW6, Namespace, eventually
 from tests.peers import find, need, need_module
@@ -186,6 +187,28 @@ def _v2ray_http(directory: Path, host: str) -> list[list[str]]:
     return [["v2ray", "-config", str(directory / "config.json")]]
 
 
+def _v2ray_https(directory: Path, host: str) -> list[list[str]]:
+    certificate = {"certificateFile": str(directory / "cert.pem"), "keyFile": str(directory / "cert.pem")}
+    # Read as whoever v2ray runs as.
+    (directory / "cert.pem").write_bytes(Path(LOCALHOST).read_bytes())
+    stream = {"network": "tcp", "security": "tls", "tlsSettings": {"certificates": [certificate]}}
+    inbound = {"listen": host, "port": PORT, "protocol": "http", "settings": {}, "streamSettings": stream}
+    (directory / "config.json").write_text(
+        json.dumps({"log": {"loglevel": "warning"}, "inbounds": [inbound], "outbounds": [{"protocol": "freedom"}]})
+    )
+    return [["v2ray", "-config", str(directory / "config.json")]]
+
+
+def _carried(carrier: str) -> Callable[[Path, str], list[list[str]]]:
+    """Make the command of our own proxy inside something else."""
+
+    def prepare(directory: Path, host: str) -> list[list[str]]:
+        tls = ["--listen-cert", LOCALHOST] if carrier in ("tls", "wss") else []
+        return [[*RINGWAY, "proxy", "--listen", f"socks5+{carrier}://{host}:{PORT}", *tls]]
+
+    return prepare
+
+
 def _tinyproxy(directory: Path, host: str) -> list[list[str]]:
     (directory / "tinyproxy.conf").write_text(
         f"Port {PORT}\nListen {host}\nTimeout 600\nMaxClients 100\nBasicAuth {USER} {SIMPLE_PASSWORD}\n"
@@ -282,4 +305,10 @@ TINYPROXY: Final = Peer("tinyproxy", ("tinyproxy",), _tinyproxy, scheme="http", 
 PRIVOXY: Final = Peer("privoxy", ("privoxy",), _privoxy, scheme="http")
 PPROXY: Final = Peer("pproxy", (), _pproxy, scheme="http", ipv6=False, module=("pproxy", "pproxy"))
 #: those that are no SOCKS5 servers
+#: through the carrier, with tls-ca and tls-server-name where there is TLS
+CARRIED_KINDS: Final[Sequence[Peer]] = (
+    *(Peer(f"embedded-{carrier}", (), _carried(carrier), udp=True, scheme=f"socks5+{carrier}")
+      for carrier in ("tls", "ws", "wss", "http")),
+    Peer("v2ray-https", ("v2ray",), _v2ray_https, scheme="https"),
+)  # fmt: skip
 OTHER_KINDS: Final[Sequence[Peer]] = (DANTE_4, V2RAY_4A, SSH_4, SSH_4A, V2RAY_HTTP, TINYPROXY, PRIVOXY, PPROXY)

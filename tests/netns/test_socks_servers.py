@@ -1,12 +1,16 @@
 """Real SOCKS and HTTP servers behind the gateway, each with its own ways: TCP, UDP, names, passwords, and dig."""
 
+import os
+import signal
 import threading
 
 import pytest
 
+from tests.certificates import CA
 from tests.netns.daemon import Ringway
 from tests.netns.dns import ANSWER4, ANSWER6, LARGE, NameServer
 from tests.netns.peers import (
+    CARRIED_KINDS,
     DANTE,
     EMBEDDED,
     MICROSOCKS,
@@ -265,3 +269,48 @@ def test_a_pipelined_handshake_where_the_server_takes_it(world: World, peer: Pee
         with Ringway(world, "-p", server.url, "--pipelined-handshake", "no") as ringway:
             _short_flows(world, TARGET4, target.port, 10)
             assert not ringway.status()["pipelined"]
+
+
+@pytest.mark.parametrize("placement", ["pipeline", "single"])
+@pytest.mark.parametrize("peer", CARRIED_KINDS, ids=lambda peer: peer.name)
+def test_inside_something_else(world: World, peer: Peer, placement: str) -> None:
+    """One more process speaks TLS, WebSocket or HTTP to the proxy; killed, it is replaced and all goes on."""
+    require(peer, "dig")
+    in_tls = peer.scheme in ("https", "socks5+tls", "socks5+wss")
+    tls = ["--tls-ca", CA, "--tls-server-name", "localhost"] if in_tls else []
+    with (
+        RunningPeer(peer, world.net) as server,
+        Target(world.net) as target,
+        UdpTarget(world.net, TARGET4) as udp,
+        NameServer(world.net) as names,
+        Ringway(world, "-p", server.url, "--placement", placement, *tls) as ringway,
+    ):
+        gw = world.gw
+        download(gw, TARGET4, target.port, 4 << 20)
+        _short_flows(world, TARGET4, target.port, 20)
+        if peer.udp:
+            upload(gw, TARGET4, target.port, 1 << 20)
+            with pytest.raises(OSError):
+                echo(gw, TARGET4, 9)
+            for size in (1, 1200):
+                udp_echo(gw, TARGET4, udp.port, b"u" * size)
+        else:
+            with pytest.raises(ConnectionRefusedError):
+                udp_echo(gw, TARGET4, udp.port)
+        assert dig(world, f"@{TARGET4}", "name.test", "A", "+short").split() == [ANSWER4]
+        assert names.asked["udp" if peer.udp else "tcp"] >= 1
+        assert ringway.counters()["carrier_connections"] >= 20
+        os.kill(ringway.pid("carrier"), signal.SIGKILL)
+        eventually(lambda: ringway.processes("carrier")[0]["restarts"] == 1, "the carrier is replaced", 10)
+        echo(gw, TARGET4, target.port)
+
+
+def test_a_certificate_that_is_not_trusted(world: World) -> None:
+    with (
+        RunningPeer(CARRIED_KINDS[0], world.net) as server,
+        Target(world.net) as target,
+        Ringway(world, "-p", server.url, "--tls-server-name", "localhost") as ringway,
+    ):
+        with pytest.raises(OSError):
+            echo(world.gw, TARGET4, target.port)
+        assert ringway.log().count("the certificate is refused") == 1

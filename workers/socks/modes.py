@@ -23,7 +23,7 @@ REQUESTS: Final[dict[str, tuple[int, str, type[Framing]]]] = {
     GOST1: (UDP_ASSOCIATE, "", GostFraming),
 }
 #: scheme of a proxy → those of them that it may have: what knows no command but CONNECT, and names, has one
-DIALECTS_OF: Final = {"socks5": DIALECTS, "socks5h": DIALECTS, "socks4a": (UOT,), "http": (UOT,)}
+DIALECTS_OF: Final = {"socks5": DIALECTS, "socks5h": DIALECTS, "socks4a": (UOT,), "http": (UOT,), "https": (UOT,)}
 
 #: for people
 WORDS: Final = {
