@@ -58,7 +58,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     tcp_receive_buffer: int = 4 << 20
     max_flows: int = 65536
     max_pending: int = 1024
-    max_associations: int = 4096
+    max_associations: int = 16384  # 20,000 in two workers, at some 3 KB each
     udp_mapping: Literal["endpoint-independent", "address-port"] = "endpoint-independent"  # RFC 4787, REQ-1
     udp_filtering: Literal["endpoint-independent", "address", "address-port"] = "endpoint-independent"  # REQ-8
     udp_warm: int = 1

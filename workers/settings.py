@@ -35,7 +35,7 @@ class Settings:
     tcp_receive_buffer: int = 4 << 20  #: octets
     max_flows: int = 65536  #: TCP flows of one worker
     max_pending: int = 1024  #: TCP flows of one worker whose proxy connection is not there yet
-    max_associations: int = 4096  #: UDP associations of one worker
+    max_associations: int = 16384  #: UDP associations of one worker
     udp_mapping: str = ENDPOINT_INDEPENDENT  #: what shares a mapping: all of a client socket, or one destination's
     udp_filtering: str = ENDPOINT_INDEPENDENT  #: who may answer: anybody, ADDRESS or ADDRESS_PORT that was sent to
     udp_warm: int = 0  #: associations that stand ready in one worker

@@ -9,9 +9,12 @@
 | connections-wrk | wrk with `Connection: close`: a client in C, 32 at a time | per second |
 | http | wrk, 64 kept-alive connections, nginx | requests per second, CPU for each |
 | udp-64, udp-1400 | echo at a fixed rate, the highest with ≤ 1 % lost there and back | per second, CPU for each |
+| udp-gso | super-datagrams of 40 × 1,400 octets (UDP_SEGMENT, UDP_GRO) there and back | Gbit/s, CPU for each datagram |
+| udp-flows | one question from each of many new client sockets, 64 at a time | answered per second, p50, p99, CPU |
 | link-up-…, link-down-… | bulk from behind a bad link, by loss of each way and RTT, what the receiver got | Mbit/s |
 | idle | a fresh gateway with two workers and nothing to do | PSS, CPU share, wakeups of the busiest process |
 | idle-5000 | the same with 5,000 idle TCP connections | PSS for each connection, CPU share, wakeups |
+| idle-udp-10000 | the same with 10,000 idle UDP client sockets | PSS for each client socket, CPU share, wakeups |
 
 CPU is that of all the gateway's processes, not of proxies, clients and targets. The UDP row compares fairly because
 nothing about it helps either side: one system call for each datagram in client and echo, one socket, and the same two
@@ -38,6 +41,7 @@ from tests.bench.processes import pss, usage
 from tests.bench.subjects import NotMeasurable, Subject, parse
 from tests.bench.topology import (
     BULK_PORT,
+    GSO_PORT,
     HOLD_PORT,
     HTTP_PORT,
     IPERF_PORT,
@@ -51,6 +55,8 @@ from tests.peers import find
 
 Figures = dict[str, float]
 IDLE_CONNECTIONS: Final = 5000
+IDLE_UDP_CLIENTS: Final = 10_000
+UDP_FLOWS_AT_ONCE: Final = 64
 LINK_LOSSES: Final = (0.0, 0.001, 0.01, 0.05)  #: share of the segments lost each way
 LINK_RTTS: Final = (0.0001, 0.005, 0.05)  #: seconds; the first is a link without delay
 
@@ -256,13 +262,40 @@ def _udp_rate(size: int) -> Callable[[Topology, Subject, float], Figures]:
     return run
 
 
-def _fresh_gateway(topology: Topology, subject: Subject) -> Subject:
+def _udp_gso(topology: Topology, subject: Subject, seconds: float) -> Figures:
+    if subject.proxy:
+        raise NotMeasurable("the client would have to write SOCKS headers between its datagrams")
+    _udp_allowed(subject, "udp")
+    echo = traffic_command("gso-echo", subject.target, str(GSO_PORT), file="datagrams.py")
+    argv = traffic_command("gso", subject.target, str(GSO_PORT), "1400", f"{seconds}", file="datagrams.py")
+    with topology.running(topology.net, echo) as server, _CpuOf(subject) as cpu:
+        assert server.stdout is not None
+        server.stdout.readline()
+        figures: Figures = _json_of(topology.client, argv, seconds)
+    return figures | cpu.per("cpu_us_each", figures.pop("count", 0), 1e6)
+
+
+def _udp_flows(topology: Topology, subject: Subject, seconds: float) -> Figures:
+    if subject.proxy:
+        raise NotMeasurable("the client would measure its own handshakes")
+    _udp_allowed(subject, "udp")
+    argv = traffic_command(
+        "flows", subject.target, str(UDP_ECHO_PORT), f"{seconds}", f"{UDP_FLOWS_AT_ONCE}", file="datagrams.py"
+    )
+    with _CpuOf(subject) as cpu:
+        figures: Figures = _json_of(topology.client, argv, seconds)
+    return figures | cpu.per("cpu_us_each", figures.pop("count", 0), 1e6)
+
+
+def _fresh_gateway(topology: Topology, subject: Subject, *flags: str) -> Subject:
     """Start a gateway of the subject's kind for itself: PSS shall not hold what earlier rows left."""
     _, placement, proxy = parse(subject.name)
     if proxy or subject.ringway is None:
         raise NotMeasurable("measured with direct:// only")
     workers = ("--workers", "2") if placement == "pipeline" else ()
-    ringway, prefix = topology.start_gateway("-p", "direct://", "--placement", placement, *workers, *subject.flags)
+    ringway, prefix = topology.start_gateway(
+        "-p", "direct://", "--placement", placement, *workers, *flags, *subject.flags
+    )
     return Subject(subject.name, prefix, ringway=ringway)
 
 
@@ -291,15 +324,31 @@ def _idle(topology: Topology, subject: Subject, seconds: float) -> Figures:
 
 
 def _idle_connections(topology: Topology, subject: Subject, seconds: float) -> Figures:
-    fresh = _fresh_gateway(topology, subject)
+    command = lambda target: traffic_command("idle", target, str(HOLD_PORT), str(IDLE_CONNECTIONS))  # noqa: E731
+    return _held(topology, _fresh_gateway(topology, subject), command, IDLE_CONNECTIONS, seconds)
+
+
+def _idle_udp(topology: Topology, subject: Subject, seconds: float) -> Figures:
+    fresh = _fresh_gateway(topology, subject, "--max-associations", str(IDLE_UDP_CLIENTS))
+    topology.echo_udp_on(fresh.target)
+    port, count = str(UDP_ECHO_PORT), str(IDLE_UDP_CLIENTS)
+    command = lambda target: traffic_command("idle", target, port, count, file="datagrams.py")  # noqa: E731
+    return _held(topology, fresh, command, IDLE_UDP_CLIENTS, seconds)
+
+
+def _held(
+    topology: Topology, fresh: Subject, command: Callable[[str], list[str]], count: int, seconds: float
+) -> Figures:
+    """Measure a gateway of its own that holds `count` idle flows of a client program."""
     assert fresh.ringway is not None
     client = None
     try:
         eventually(lambda: _resting(fresh, 0.5)["cpu_percent"] < 2, "the gateway rests", 10)
         before = pss(fresh.ringway.tree())
-        argv = traffic_command("idle", fresh.target, str(HOLD_PORT), str(IDLE_CONNECTIONS))
         with topology.client.inside():
-            client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            client = subprocess.Popen(
+                command(fresh.target), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
         assert client.stdout is not None
         readable, _, _ = select.select([client.stdout], [], [], 60)
         line = client.stdout.readline() if readable else b""
@@ -307,7 +356,8 @@ def _idle_connections(topology: Topology, subject: Subject, seconds: float) -> F
             client.kill()
             reason = client.communicate()[1].decode().strip().splitlines()[-1:] or ["a minute was not enough"]
             raise RuntimeError(
-                f"{IDLE_CONNECTIONS} connections do not open: {reason[0]}; flows: {fresh.ringway.flows()}"
+                f"{count} flows do not open: {reason[0]}; there are {fresh.ringway.flows()} and "
+                f"{fresh.ringway.flows('udp')} of UDP"
             )
         # What follows a storm of connections (ACKs, probes) is over when a second stays quiet.
         quiet = time.monotonic() + 10
@@ -315,7 +365,7 @@ def _idle_connections(topology: Topology, subject: Subject, seconds: float) -> F
             pass
         after = pss(fresh.ringway.tree())
         return {
-            "kb_each": (after - before) / IDLE_CONNECTIONS / 1e3,
+            "kb_each": (after - before) / count / 1e3,
             "pss_mb": after / 1e6,
             **_resting(fresh, max(seconds, 2.0)),
         }
@@ -338,9 +388,12 @@ MEASURES: Final[tuple[Measure, ...]] = (
     Measure("http", "per_second", "1/s", _wrk("-t", "1", "-c", "64"), 0.28),
     Measure("udp-64", "per_second", "1/s", _udp_rate(64), 0.30),
     Measure("udp-1400", "per_second", "1/s", _udp_rate(1400)),
+    Measure("udp-gso", "gbit_s", "Gbit/s", _udp_gso),
+    Measure("udp-flows", "per_second", "1/s", _udp_flows),
     Measure("lan-up", "gbit_s", "Gbit/s", _iperf(lan=True), 0.15),
     Measure("lan-down", "gbit_s", "Gbit/s", _iperf("-R", lan=True), 0.15),
     *_link_rows(),
     Measure("idle", "pss_mb", "MB", _idle, 60.0, lower_is_better=True, absolute=True),
     Measure("idle-5000", "kb_each", "KB", _idle_connections, 12.0, lower_is_better=True, absolute=True),
+    Measure("idle-udp-10000", "kb_each", "KB", _idle_udp, None, lower_is_better=True, absolute=True),
 )

@@ -38,7 +38,9 @@ from tests.peers import find
 MTU: Final = 1500
 PREFIX: Final = "203.0.{}"
 DIRECT_PREFIX: Final = 96  #: 203.0.96.0/24 goes through the kernel alone
-IPERF_PORT, HTTP_PORT, TCP_ECHO_PORT, UDP_ECHO_PORT, HOLD_PORT, BULK_PORT = 5201, 8080, 7001, 7002, 7003, 7004
+IPERF_PORT, HTTP_PORT, TCP_ECHO_PORT, UDP_ECHO_PORT, HOLD_PORT, BULK_PORT, GSO_PORT = (
+    5201, 8080, 7001, 7002, 7003, 7004, 7005,
+)  # fmt: skip
 
 _NGINX: Final = """
 daemon off;
@@ -196,11 +198,11 @@ class Topology:
         self._closing.close()
 
 
-def traffic_command(*arguments: str) -> list[str]:
+def traffic_command(*arguments: str, file: str = "traffic.py") -> list[str]:
     """Return the command line of a traffic program: isolated Python, which starts in a third of the time."""
     import sys
 
-    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("traffic.py")), *arguments]
+    return [sys.executable, "-I", "-S", str(Path(__file__).with_name(file)), *arguments]
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
