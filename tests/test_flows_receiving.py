@@ -4,8 +4,8 @@ from contextlib import closing
 
 import pytest
 
-from tests.one_worker import MASK, OneWorker
-from tests.test_flows import connected, received
+from tests.one_worker import MASK, OneWorker, RawClient
+from tests.test_flows import connected, listener, received
 from workers import counts, flows
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN
 
@@ -264,3 +264,82 @@ def test_half_closed_for_hours(one):
         one.skip(120)
         assert not one.table
         assert one.counted(counts.TCP_IDLE_TIMEOUTS) == 1
+
+
+# ── packets that look otherwise than most ───────────────────────────────────────────────────────────────────────────
+
+
+class OptionsClient(RawClient):
+    """A client whose packets have IPv4 options, or IPv6 extension headers: hop by hop, then destination options."""
+
+    def packet(self, *arguments, **fields) -> bytes:
+        packet = super().packet(*arguments, **fields)
+        if self.version == 4:
+            return bytes((0x47, packet[1])) + (len(packet) + 8).to_bytes(2) + packet[4:20] + b"\x01" * 8 + packet[20:]
+        extensions = bytes((60, 0, 1, 4, 0, 0, 0, 0)) + bytes((6, 0, 1, 4, 0, 0, 0, 0))
+        return packet[:4] + (len(packet) - 24).to_bytes(2) + b"\x00" + packet[7:40] + extensions + packet[40:]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("options", [OPTIONS, "mss 1460,sackOK,TS val 1 ecr 0,nop,wscale 7"])
+def test_options_and_extension_headers_change_nothing(one, version, options):
+    with closing(listener(version)) as listening:
+        client = OptionsClient(one, listening.getsockname()[:2])
+        client.open(options)
+        target, _ = listening.accept()
+    target.setblocking(False)
+    with target:
+        client.push(b"question")
+        assert received(one, target, 8) == b"question"
+        client.unread()
+        client.send(ACK | PSH, b"later", seq=client.nxt + 100)
+        [answer] = client.unread()
+        assert answer.options.sack == ((client.nxt + 100 & MASK, client.nxt + 105 & MASK),)
+        target.send(b"answer")
+        assert client.read(6) == b"answer"
+        client.fin()
+        assert received(one, target, 1) == b""
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("options", [OPTIONS, "mss 1460,sackOK,TS val 1 ecr 0,nop,wscale 7"])
+def test_blocks_of_what_is_out_of_order_and_what_came_twice(one, version, options):
+    client, target = connected(one, options, version)
+    with target:
+        first = client.nxt
+        blocks = []
+        for at in (100, 300, 500, 700, 300):
+            client.send(ACK, b"x" * 100, seq=first + at)
+            [answer] = client.unread()
+            assert answer.ack == first
+            blocks.append([((left - first) & MASK, (right - first) & MASK) for left, right in answer.options.sack])
+        room = 3 if client.timestamps else 4
+        assert blocks == [
+            [(100, 200)],
+            [(300, 400), (100, 200)],
+            [(500, 600), (300, 400), (100, 200)],
+            [(700, 800), (500, 600), (300, 400), (100, 200)][:room],
+            [(300, 400), (300, 400), (700, 800), (500, 600)][:room],
+        ]
+        client.push(b"y" * 100)
+        client.nxt = first + 200 & MASK
+        assert received(one, target, 200) == b"y" * 100 + b"x" * 100
+
+
+def test_the_window_grows_with_a_fast_flow_and_is_given_back(one):
+    client, target = connected(one, OPTIONS)
+    policy = one.worker.tcp.policy
+    whole = policy.growth
+    with target:
+        conn = conn_of(one, client)
+        assert conn.rcv.buffer == 128 << 10
+        for _ in range(12):
+            size = min(conn.rcv.wnd, 60_000)
+            for _ in range(2):
+                client.push(bytes(min(size, conn.rcv.wnd)))
+                received(one, target, 1)
+            one.skip(0.2)
+        assert conn.rcv.buffer > 200 << 10
+        assert policy.growth == whole - conn.rcv.tuning.grown < whole
+        client.send(RST, seq=client.nxt)
+    assert policy.growth == whole

@@ -4,6 +4,8 @@ from copy import deepcopy
 from math import inf
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.builders import (
     NOW,
@@ -21,6 +23,7 @@ from tests.builders import (
     time_wait,
 )
 from workers import counts
+from workers.tcp.arrival import _acceptable
 from workers.tcp.connection import Connection
 from workers.tcp.events import ACKED, AT_ONCE, DELAYED, ENDED, GAVE_UP, NOT_DUE, OPENED, REMOTE_CLOSED, RESET, TEXT
 from workers.tcp.limits import FIRST_BUFFER, MAX_PACKET, MAX_RETRIES, SEND_BUFFER
@@ -315,3 +318,12 @@ def test_nothing_but_the_reset_follows_an_abort():
     conn.segment_arrives(segment(101, length=100), bytes(100), NOW)
     conn.abort()
     assert [flags for flags, *_ in sent(conn)] == [RST | ACK]
+
+
+@given(st.integers(0, 50), st.integers(-60, 60), st.integers(0, 120))
+def test_a_segment_is_acceptable_when_an_octet_of_it_is_in_the_window(wnd, offset, occupied):
+    if occupied:
+        expected = any(0 <= at < wnd for at in range(offset, offset + occupied))
+    else:
+        expected = 0 <= offset <= wnd
+    assert _acceptable(wnd, offset & 0xFFFFFFFF, occupied) == expected

@@ -139,12 +139,15 @@ def _text_and_fin(conn: Connection, seg: Segment, seg_len: int, offset: int, mem
 
 
 def _acceptable(wnd: int, offset: int, occupied: int) -> bool:
-    """The four cases of RFC 9293, table 6; offset is SEG.SEQ - RCV.NXT modulo 2**32, occupied is SEG.LEN."""
+    """The four cases of RFC 9293, table 6; offset is SEG.SEQ - RCV.NXT modulo 2**32, occupied is SEG.LEN.
+
+    A segment that begins before the window and ends behind it, which the table forgets, holds acceptable text too.
+    """
     if occupied == 0:
         return offset <= wnd  # at the right edge too: there a peer acknowledges that has filled the window
     if wnd == 0:
         return False
-    return offset < wnd or (offset + occupied - 1) & MASK < wnd
+    return offset < wnd or (offset >= HALF and -offset & MASK < occupied)
 
 
 def _ack_arrives(conn: Connection, seg: Segment, seg_len: int, now: float) -> bool:
