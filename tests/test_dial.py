@@ -334,6 +334,41 @@ def test_early_accept_without_a_descriptor_is_silent(monkeypatch):
     one.close()
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_no_room_in_epoll(monkeypatch, early):
+    """fs.epoll.max_user_watches is a limit of its own."""
+
+    def refuse(fd, mask, handler):
+        raise OSError(errno.ENOSPC, "")
+
+    with closing(Proxy(early_accept=early)) as proxy:
+        one = proxy.one
+        monkeypatch.setattr(one.worker.tcp, "watch", refuse)
+        client = RawClient(one, TARGETS[4])
+        client.syn()
+        assert client.unread() == []
+        assert not one.table
+        assert one.worker.tcp.pending == 0
+        assert one.counted(counts.TCP_SYN_DROPPED_DESCRIPTORS) == 1
+        with proxy.listening.accept()[0] as upstream:
+            upstream.setblocking(False)
+            assert reset_received(one, upstream)
+
+
+def test_early_accept_refuses_honestly_what_fails_at_once(monkeypatch, version):
+    def fails(family, kind):
+        made = FailingSocket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+        made.error = errno.ENETUNREACH
+        return made
+
+    one = OneWorker(early_accept=True)
+    monkeypatch.setattr(one.worker.upstream, "open", fails)
+    client = RawClient(one, TARGETS[version])
+    client.syn()
+    assert_refused(client, NET[version])
+    one.close()
+
+
 def test_pending_connects_are_bounded_with_early_accept():
     with closing(Proxy(early_accept=True, max_pending=3)) as proxy:
         for port in range(5):

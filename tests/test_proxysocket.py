@@ -280,3 +280,14 @@ def test_text_that_outlives_its_flow_needs_no_event_that_was_lost(one):
         got += received(one, target, len(sent) - len(got))
         assert got == sent
         assert received(one, target, 1) == b""
+
+
+def test_an_end_of_file_that_no_event_has_told_of_yet(one):
+    """The FIN comes between the event and the read: the socket reads 0 octets although nothing hung up."""
+    client, target = connected(one)
+    target.close()
+    relay = relay_of(one)
+    relay.socket_ready(select.EPOLLIN | select.EPOLLOUT, one.now)
+    [answer] = client.unread()
+    assert answer.flags & FIN
+    assert state(one) == "FIN_WAIT_1"

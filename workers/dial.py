@@ -102,7 +102,7 @@ class Dial:
     # ── the proxy ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self, now: float) -> None:
-        """Open the socket and begin to connect. OSError: there is no descriptor left; nothing was begun."""
+        """Open the socket and begin to connect. OSError: no descriptor, or no place in epoll; cancel() cleans up."""
         flows = self.flows
         upstream = flows.upstream
         family, host, port = self._destination()
@@ -122,8 +122,8 @@ class Dial:
                 raise
             self._failed(errno.EAFNOSUPPORT, now)
             return
-        self._begin(now)
-        self._connect(opened, target, now)
+        if self._connect(opened, target, now):
+            self._begin(now)
 
     def _destination(self) -> tuple[int, bytes, int]:
         """Return family, packed address and port."""
@@ -132,13 +132,15 @@ class Dial:
             return socket.AF_INET, key[4:8], key[10] << 8 | key[11]
         return socket.AF_INET6, key[16:32], key[34] << 8 | key[35]
 
-    def _connect(self, opened: socket.socket, target: tuple[str, int], now: float) -> None:
+    def _connect(self, opened: socket.socket, target: tuple[str, int], now: float) -> bool:
+        """Begin to connect; False: it has failed at once."""
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = opened.connect_ex(target)
         if error and error != errno.EINPROGRESS:
             self._failed(error, now)
-            return
+            return False
         self.flows.watch(opened.fileno(), EVERYTHING, self.connected)
+        return True
 
     def _ask_again(self, now: float) -> bool:
         """Ask step by step, on a new connection, if the proxy did not take everything at once."""

@@ -300,6 +300,7 @@ class TcpFlows:
             dial.start(now)
         except OSError:
             self.count[counts.TCP_SYN_DROPPED_DESCRIPTORS] += 1
+            dial.cancel()
             return
         self._connecting.append((now + settings.connect_timeout, dial))
         if self._sweep_at == inf:

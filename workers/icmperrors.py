@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from workers import counts
 from workers.relay import Relay
+from workers.tcp.pathmtu import is_in_flight
 from workers.wire import ip
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class IcmpErrors:
             return
         _, key, seq, length = quoted
         flow = self._flows.table.get(key)
-        if not isinstance(flow, Relay) or not flow.is_in_flight(seq):
+        if not isinstance(flow, Relay) or not is_in_flight(flow.conn, seq):
             count[counts.ICMP_STALE] += 1
             return
         if (message[0], message[1]) != (_TOO_BIG4 if version == 4 else _TOO_BIG6):

@@ -98,11 +98,15 @@ class ProxySocket:
         return sent
 
     def nothing_more(self) -> bool:
-        """Say whether the end of file follows what was read. OSError: no, an error does."""
-        assert self._socket is not None
+        """Say whether the end of file follows what was read, a clean one."""
+        if self._socket is None or self.broken:
+            return False
         try:
             return not self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
+            return False
+        except OSError:
+            self.fail()  # the kernel says it once; the next read would find a clean end
             return False
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────

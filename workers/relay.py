@@ -127,10 +127,9 @@ class Relay:
             if again and self._readable:
                 self._read(now)  # the rest of the window, behind what was sent again
         due = conn.ack_due  # unless text has just carried it
-        if due == AT_END_OF_BATCH:
-            if not self._in_acks:
-                self._in_acks = True
-                self.flows.acks.append(self)
+        if due == AT_END_OF_BATCH and not self._in_acks:
+            self._in_acks = True
+            self.flows.acks.append(self)
         elif due == DELAYED and not self._in_delayed:
             self._in_delayed = True
             self.flows.delayed.append((conn.rcv.ack_at, self))
@@ -194,10 +193,6 @@ class Relay:
                 return
             conn.delayed_ack_timeout()
             self.ack_at_end_of_batch(now)
-
-    def is_in_flight(self, seq: int) -> bool:
-        """Say whether a sequence number that an ICMP error quotes can be believed."""
-        return pathmtu.is_in_flight(self.conn, seq)
 
     def lower_mss(self, mss: int, now: float) -> bool:
         """Put no more than `mss` octets behind the TCP header, from what is in flight on; False: it was no more."""
@@ -268,11 +263,11 @@ class Relay:
             port.large.give(frame)
             self._proxy_failed(now)
             return
+        if not length:
+            port.large.give(frame)
+            self._end_of_file(now)
+            return
         if length == room or self._hup:
-            if not length:
-                port.large.give(frame)
-                self._end_of_file(now)
-                return
             self._read_on(length < room)
         else:
             self._readable = False
@@ -304,15 +299,9 @@ class Relay:
 
     def _read_on(self, all_was_read: bool) -> None:
         """Read again soon; see at once whether the end of file follows: the FIN rides on the last text."""
-        proxy = self._proxy
-        if self._hup and all_was_read and not proxy.broken:
-            try:
-                if proxy.nothing_more():
-                    self._close()
-                    return
-            except OSError:
-                proxy.fail()  # the kernel says it once; the next read would find a clean end
-        if not self._in_queue:
+        if self._hup and all_was_read and self._proxy.nothing_more():
+            self._close()
+        elif not self._in_queue:
             self._in_queue = True
             self.flows.ready.append(self)
 
@@ -356,15 +345,12 @@ class Relay:
             if conn.events & RETRANSMITTED:
                 conn.events &= ~RETRANSMITTED
                 self.flows.count[counts.TCP_RETRANSMITTED] += 1
-            self._transmit(out)
+            if not out.len:
+                self.flows.transmit(self.headers, out)
+            elif not self._unacked.transmit(self.headers, out):
+                self.flows.count[counts.NO_FRAMES] += 1
         if conn.deadline < self._wake_at:
             self._arm()
-
-    def _transmit(self, out: Segment) -> None:
-        if not out.len:
-            self.flows.transmit(self.headers, out)
-        elif not self._unacked.transmit(self.headers, out):
-            self.flows.count[counts.NO_FRAMES] += 1
 
     # ── the clock ───────────────────────────────────────────────────────────────────────────────────────────────
 
