@@ -1,5 +1,6 @@
 """Tuning: the receive buffer follows the rate, within the flow's limit and the worker's."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,19 +14,19 @@ from workers.tcp.states import TIME_WAIT
 MASK = 0xFFFFFFFF
 
 
-def opened(policy, scale=7, now=NOW):
+def opened(policy, scale=7, now=NOW, rtt=0.1):
     syn = segment(0, None, SYN)
     syn.mss, syn.window_scale = 1000, scale
     conn = Connection(syn, ISS, 1460, policy)
     sent(conn, now)
-    arrive(conn, segment(), now + 0.1)
+    arrive(conn, segment(), now + rtt)
     return conn
 
 
-def send_rounds(conn, sizes, now=NOW):
-    """Let the client send so many octets in each round trip of 100 ms."""
+def send_rounds(conn, sizes, now=NOW, rtt=0.1):
+    """Let the client send so many octets in each round trip."""
     for size in sizes:
-        now += 0.1
+        now += rtt
         seg = segment()
         seg.seq = conn.rcv.nxt
         seg.len = min(size, conn.rcv.wnd)
@@ -37,13 +38,14 @@ def doubling(rounds):
     return [10_000 << i for i in range(rounds)]
 
 
-def test_a_client_in_slow_start_is_never_held_by_the_window():
-    conn = opened(Policy())
+@pytest.mark.parametrize("rtt", [0.001, 0.005, 0.1, 0.3])
+def test_a_client_in_slow_start_is_never_held_by_the_window(rtt):
+    conn = opened(Policy(), rtt=rtt)
     now = NOW
     for size in [*doubling(8), 2_000_000, 2_000_000]:
         assert conn.rcv.wnd >= size
-        now += 0.1
-        send_rounds(conn, [size], now)
+        now += rtt
+        send_rounds(conn, [size], now, rtt)
     assert conn.rcv.buffer == 4 << 20
 
 

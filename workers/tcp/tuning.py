@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from workers.tcp.congestion import INITIAL_SEGMENTS
 from workers.tcp.sequence import MASK
+from workers.tcp.states import ESTABLISHED
 
 if TYPE_CHECKING:
     from workers.tcp.connection import Connection
@@ -37,7 +38,12 @@ class Tuning:
         self.ecr = 0  #: the echoed timestamp that was measured last
 
     def round_ends(self, conn: Connection, now: float) -> None:
-        """Grow the buffer if this round brought more than any before, and begin the next."""
+        """Grow the buffer if this round brought more than any before, and begin the next.
+
+        The first one begins behind the handshake, which measures the path.
+        """
+        if conn.state < ESTABLISHED:
+            return
         rcv = conn.rcv
         taken = rcv.taken - rcv.pending
         copied = taken - self.taken
