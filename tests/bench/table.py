@@ -1,6 +1,8 @@
 """Results of a benchmark: medians, minimum and maximum, ratios to `direct` in the same round; a table and JSON."""
 
+import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -40,14 +42,16 @@ class Results:
             o[figure or measure.figure] for o in outcomes if not isinstance(o, str) and (figure or measure.figure) in o
         ]
 
-    def ratios(self, measure: Measure, subject: str) -> list[float]:
-        """Return the ratio to `direct`, round by round."""
+    def ratios(self, measure: Measure, subject: str, *, limited: bool = False) -> list[float]:
+        """Return the ratio to `direct` round by round, or to the subject's own limit where that is less."""
         rows = self.rounds.get(measure.name, {})
-        pairs = zip(rows.get(subject, []), rows.get("direct", []), strict=False)
+        own = self.rounds.get(measure.limit, {}).get(subject, []) if limited else []
+        bases = itertools.zip_longest(rows.get("direct", []), own, fillvalue="")
         return [
-            one[measure.figure] / base[measure.figure]
-            for one, base in pairs
-            if not isinstance(one, str) and not isinstance(base, str) and base[measure.figure]
+            one[measure.figure]
+            / min(base[measure.figure], most[measure.figure] if isinstance(most, dict) else math.inf)
+            for one, (base, most) in zip(rows.get(subject, []), bases, strict=False)
+            if isinstance(one, dict) and isinstance(base, dict) and base[measure.figure]
         ]
 
     def show(self) -> None:
@@ -75,7 +79,8 @@ class Results:
         floor = ""
         # The floors are for workers that connect themselves: in the other rows the proxy's speed is part of the figure.
         if measure.floor is not None and subject.removesuffix("+") in ("ringway", "ringway-single"):
-            judged = middle if measure.absolute else (statistics.median(ratios) if ratios else None)
+            possible = self.ratios(measure, subject, limited=True)
+            judged = middle if measure.absolute else (statistics.median(possible) if possible else None)
             if judged is not None:
                 reached = judged <= measure.floor if measure.lower_is_better else judged >= measure.floor
                 bound = f"{'≤' if measure.lower_is_better else '≥'} {measure.floor:g}"

@@ -184,10 +184,10 @@ class Topology:
         return ringway, prefix
 
     @contextlib.contextmanager
-    def bad_link(self, loss: float, round_trip: float) -> Iterator[None]:
+    def bad_link(self, loss: float, round_trip: float, seed: int) -> Iterator[None]:
         """Connect `far`: `loss` is a share of the segments each way, `round_trip` the seconds of both ways together."""
         way = {"loss": loss, "delay": round_trip / 2}
-        with Link(self.far, self.client, way, way):
+        with Link(self.far, self.client, way, way, seed=seed):
             self.far.ip(f"route add default via {B4} dev {NAME}")
             yield
 

@@ -4,7 +4,7 @@ Servers (until killed):      tcp-echo PORT · udp-echo ADDRESS PORT · hold PORT
 Clients (print one JSON):    ping-pong tcp|udp ADDRESS PORT SECONDS · connections PREFIX PORT SECONDS CONCURRENCY
                              udp-rate ADDRESS PORT SIZE STEP_SECONDS
                              idle ADDRESS PORT COUNT (until standard input ends)
-Either side of a link row:   bulk-send ADDRESS PORT STREAMS [CONGESTION] (until killed)
+Either side of a link row:   bulk-send ADDRESS PORT STREAMS CONGESTION (until killed)
                              bulk-receive ADDRESS PORT STREAMS SECONDS (prints one JSON); ADDRESS `-` accepts instead
 A client with `--socks HOST:PORT` at the end speaks SOCKS5 itself to that proxy; without, it connects.
 
@@ -369,8 +369,12 @@ def streams_of(address: str, port: int, count: int, congestion: str = "") -> "li
     return ends
 
 
-def bulk_send(address: str, port: int, count: int, congestion: str = "") -> None:
-    """Send on all streams, each from a thread of its own, until killed."""
+def bulk_send(address: str, port: int, count: int, congestion: str) -> None:
+    """Send on all streams, each from a thread of its own, until killed.
+
+    The congestion control is set for each socket, as root may: a namespace's default can only be one that the machine
+    allows everybody, which CUBIC is not where the machine's own default is another.
+    """
 
     def send(end: socket.socket) -> None:
         block = bytes(128 << 10)
@@ -436,7 +440,7 @@ def main(arguments: "list[str]") -> None:
     elif what == "idle":
         idle(rest[0], int(rest[1]), int(rest[2]), proxy)
     elif what == "bulk-send":
-        bulk_send(rest[0], int(rest[1]), int(rest[2]), *rest[3:])
+        bulk_send(rest[0], int(rest[1]), int(rest[2]), rest[3])
     elif what == "bulk-receive":
         print(json.dumps(bulk_receive(rest[0], int(rest[1]), int(rest[2]), float(rest[3]))))
     else:
