@@ -26,7 +26,7 @@ from workers import counts
 from workers.tcp.arrival import _acceptable
 from workers.tcp.connection import Connection
 from workers.tcp.events import ACKED, AT_ONCE, DELAYED, ENDED, GAVE_UP, NOT_DUE, OPENED, REMOTE_CLOSED, RESET, TEXT
-from workers.tcp.limits import FIRST_BUFFER, MAX_PACKET, MAX_RETRIES, SEND_BUFFER
+from workers.tcp.limits import FIRST_BUFFER, FIRST_FLIGHT, MAX_PACKET, MAX_RETRIES, SEND_BUFFER
 from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from workers.tcp.states import ALLOWED, CLOSED, ESTABLISHED, NAMES, SYN_RECEIVED, TIME_WAIT
@@ -200,6 +200,29 @@ class TestRoom:
             total += room
             sent(conn)
         assert SEND_BUFFER - 1000 < total <= SEND_BUFFER
+
+    def test_what_all_flows_have_in_flight_is_bounded_too_and_comes_back(self):
+        conn = established(scale=10, mss=1000)
+        policy = conn.policy
+        policy.flights = 300_000
+        conn.congestion.cwnd = 100 << 20
+        arrive(conn, segment(wnd=65535))
+        total = 0
+        while room := conn.room(NOW):
+            conn.send(room)
+            total += room
+            sent(conn)
+        assert FIRST_FLIGHT + 299_000 < total <= FIRST_FLIGHT + 300_000
+        assert policy.flights == 0
+        arrive(conn, segment(ack=total + 1, wnd=65535))
+        assert conn.room(NOW) > 0
+        assert policy.flights == 0
+        assert conn.room(NOW + 1.0) > 0  # idle for longer than the RTO
+        assert policy.flights == 300_000
+        conn.snd.limit += 1000
+        policy.flights -= 1000
+        conn.abort()
+        assert policy.flights == 300_000
 
     @pytest.mark.parametrize("build", [fin_wait_1, fin_wait_2, time_wait, last_ack, closing])
     def test_it_is_never_negative(self, build):

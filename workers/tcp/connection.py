@@ -27,6 +27,7 @@ from workers.tcp.events import (
     TEXT,
 )
 from workers.tcp.limits import (
+    FIRST_FLIGHT,
     MAX_PACKET,
     MAX_RETRIES,
     MAX_SYN_RETRIES,
@@ -160,15 +161,33 @@ class Connection:
         if not in_flight and now - self.idle_at > self.rtt.rto:
             self.idle_at = inf
             self.congestion.restart()
+            self._give_back_flight()
         window = snd.wnd
         cwnd = self.congestion.cwnd
         if self.disorder and self.recovery is not None:
             cwnd = self.recovery.room(self) + ((snd.nxt - snd.una) & MASK)
         usable = (cwnd if cwnd < window else window) - in_flight
         if usable >= self.smss:
-            usable = min(usable, MAX_PACKET, SEND_BUFFER - in_flight)
+            if usable > MAX_PACKET:
+                usable = MAX_PACKET
+            if usable > snd.limit - in_flight:
+                usable = min(usable, self._more_in_flight() - in_flight)
             return max(usable - usable % self.smss, 0)
         return usable if usable > 0 and not in_flight else 0
+
+    def _more_in_flight(self) -> int:
+        """Let more be in flight, if the worker has some to give; return how much may be now (octets)."""
+        snd = self.snd
+        policy = self.policy
+        more = min(snd.limit, SEND_BUFFER - snd.limit, policy.flights)
+        policy.flights -= more
+        snd.limit += more
+        return snd.limit
+
+    def _give_back_flight(self) -> None:
+        """Give the worker back what _more_in_flight() took."""
+        self.policy.flights += self.snd.limit - FIRST_FLIGHT
+        self.snd.limit = FIRST_FLIGHT
 
     def want_room(self, now: float) -> None:
         """Say that data waits for the window: with nothing in flight only a probe finds out when it opens."""
@@ -312,6 +331,7 @@ class Connection:
             self.rto_at = self.persist_at = inf
             self.events |= ENDED
             self.rcv.tuning.give_back(self.policy)
+            self._give_back_flight()
 
     def end(self, event: int) -> None:
         """Enter CLOSED and say why."""

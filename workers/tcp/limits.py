@@ -14,5 +14,6 @@ MAX_PACKET: Final = 65535 - 40 - 60  #: text that one packet can carry behind th
 FIRST_BUFFER: Final = 128 << 10  #: octets that may wait for the proxy at first: idle flows promise little
 RECEIVE_BUFFER: Final = 4 << 20  #: octets to which that grows, by default
 GROWN_FLOWS: Final = 64  #: flows of a worker that may have grown to the whole of it, or more of them to a part
-SEND_BUFFER: Final = 4 << 20  #: octets in flight at the most
+FIRST_FLIGHT: Final = 256 << 10  #: octets in flight of one flow without drawing on what the worker has for all
+SEND_BUFFER: Final = 4 << 20  #: octets in flight of one flow at the most
 MAX_RTT: Final = 120_000  # milliseconds; an echoed timestamp older than that is not ours

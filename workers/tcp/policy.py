@@ -5,7 +5,7 @@ from collections.abc import Callable
 from workers import counts
 from workers.tcp.congestion import NewReno
 from workers.tcp.cubic import Cubic
-from workers.tcp.limits import CHALLENGES, FIRST_BUFFER, GROWN_FLOWS, RECEIVE_BUFFER
+from workers.tcp.limits import CHALLENGES, FIRST_BUFFER, FIRST_FLIGHT, GROWN_FLOWS, RECEIVE_BUFFER, SEND_BUFFER
 
 
 class Policy:
@@ -16,6 +16,7 @@ class Policy:
         "_second",
         "congestion",
         "count",
+        "flights",
         "growth",
         "keepalive",
         "keepalive_count",
@@ -47,6 +48,8 @@ class Policy:
         self.scale = max(7, (receive_buffer - 1).bit_length() - 16)
         #: octets by which receive buffers may still grow: their sum is bounded, however many flows there are
         self.growth = GROWN_FLOWS * max(receive_buffer - FIRST_BUFFER, 0)
+        #: octets by which flows may have more in flight than FIRST_FLIGHT, together
+        self.flights = GROWN_FLOWS * (SEND_BUFFER - FIRST_FLIGHT)
         self.quota = quota
         self._challenges = 0  # left in this second
         self._second = -1

@@ -96,24 +96,28 @@ class Recovery:
         timer_was_short = self.reordering_timer
 
         # What was delivered, and when had it been sent?
+        rack = self.rack
         before = board.una
         pieces = board.acknowledge(advance) if advance else []
+        spans = [(before, board.una)] if advance else []
         for start, end in blocks:
             if end > board.una:
-                pieces += board.sack(max(start, board.una), end)
+                news = board.sack(max(start, board.una), end)
+                if news:
+                    pieces += news
+                    spans.append((start, end))
+        for start, end in spans:
+            for at, b in board.delivered_again(start, end):
+                rack.delivered_again(at, b, board.una, seg, conn.rtt, now)
         delivered = 0
         once = 0  # octets that were sent only once, before the recovery point
         again = False
         newest = -1.0  # when what was never sent again had been sent, the latest
-        rack = self.rack
         fack = rack.fack
         for start, end in pieces:
             delivered += end - start
             repeated = board.sent_again.common(start, end)
-            if repeated:
-                again = True
-                for at, b in board.delivered_again(start, end):
-                    rack.delivered_again(at, b, board.una, seg, conn.rtt, now)
+            again |= repeated > 0
             if repeated < end - start:
                 at = snd.sent_at(end - before)
                 if start < self.recover:

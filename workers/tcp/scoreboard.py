@@ -135,7 +135,7 @@ class Scoreboard:
     def sack(self, start: int, end: int) -> list[tuple[int, int]]:
         """Take a SACK block; return what of it is news."""
         if len(self.sacked.starts) >= MAX_RANGES:
-            return []
+            return []  # advisory (RFC 2018, 8): it is told again
         fresh = self.sacked.add(start, end)
         for a, b in fresh:
             self.lost.discard(a, b)

@@ -11,13 +11,14 @@ from bisect import bisect_left
 from collections import deque
 from math import inf
 
+from workers.tcp.limits import FIRST_FLIGHT
 from workers.tcp.sequence import MASK
 
 
 class SendSpace:
     """SND.*; all sequence numbers modulo 2**32, windows in octets."""
 
-    __slots__ = ("end", "fin", "iss", "max_wnd", "nxt", "scale", "sent", "una", "wl1", "wl2", "wnd")
+    __slots__ = ("end", "fin", "iss", "limit", "max_wnd", "nxt", "scale", "sent", "una", "wl1", "wl2", "wnd")
 
     def __init__(self, iss: int) -> None:
         self.iss = iss  #: ISS, the initial send sequence number
@@ -29,6 +30,9 @@ class SendSpace:
         self.wl1 = 0  #: SND.WL1, SEG.SEQ of the segment used for the last window update
         self.wl2 = iss  #: SND.WL2, its SEG.ACK
         self.max_wnd = 0  #: the largest window that the peer has offered
+        self.limit = (
+            FIRST_FLIGHT  #: octets in flight at the most; grows to SEND_BUFFER while the worker has some to give
+        )
         self.scale = 0  #: Snd.Wind.Shift (RFC 7323)
         #: what is in flight, oldest first: (the sequence number behind it, when it was first sent)
         self.sent: deque[tuple[int, float]] = deque()
