@@ -65,6 +65,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     block_quic: bool = False
     udp_mode: Literal["auto", "udp", "gost", "hev", "uot"] = "auto"
     pipelined_handshake: Literal["auto", "yes", "no"] = "auto"
+    warm_connections: int = 0
     tcp_fast_open: bool = False
     udp_address: str = "auto"
     early_accept: bool = False

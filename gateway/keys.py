@@ -225,6 +225,12 @@ KEYS: Final[tuple[Key, ...]] = (
         "WHEN",
     ),
     Key(
+        "warm-connections",
+        "Connections to the proxy that each worker keeps ready, so that a new flow waits for its request alone.",
+        *whole(0, 1024),
+        "N",
+    ),
+    Key(
         "tcp-fast-open",
         "Let the first octets to the proxy ride in the SYN (RFC 7413); of use with a pipelined handshake.",
         BOOLEAN_ALLOWED,

@@ -277,7 +277,7 @@ def roles_for(placement: str) -> tuple[tuple[Role, ...], Callable[[int], dict[st
     from workers import counts
     from workers.worker import worker_main
 
-    gauges = (counts.TCP_FLOWS, counts.TCP_PENDING, counts.TCP_TIME_WAIT, counts.UDP_ASSOCIATIONS)
+    gauges = (counts.TCP_FLOWS, counts.TCP_PENDING, counts.TCP_TIME_WAIT, counts.TCP_WARM, counts.UDP_ASSOCIATIONS)
 
     def counters(shards: int) -> dict[str, tuple[str, ...]]:
         workers = {f"worker/{shard}": counts.NAMES for shard in range(shards)}

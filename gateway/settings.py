@@ -52,6 +52,7 @@ def settings_from(config: "Config", mtu: int, addresses: list[tuple[str, int]]) 
         block_quic=config.block_quic,
         udp_mode=config.udp_mode,
         pipelined=config.pipelined_handshake == "yes",
+        warm_connections=config.warm_connections,
         tcp_fast_open=config.tcp_fast_open,
         udp_address=config.udp_address,
         early_accept=config.early_accept,

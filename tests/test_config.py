@@ -84,6 +84,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "block-quic": True,
         "udp-mode": "udp",
         "pipelined-handshake": "no",
+        "warm-connections": 4,
         "tcp-fast-open": True,
         "udp-address": "as-told",
         "early-accept": True,

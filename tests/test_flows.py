@@ -398,6 +398,121 @@ def test_fast_open_is_set_and_a_closed_port_is_seen():
     proxy.one.close()
 
 
+def accepted(proxy):
+    upstream, _ = proxy.listening.accept()
+    upstream.setblocking(False)
+    return upstream
+
+
+def warmed(proxy, number=1):
+    """Let a first flow have warm connections made; return the proxy's ends of them, with their method chosen."""
+    client = RawClient(proxy.one, ("192.0.2.7", 25))
+    client.syn()
+    ends = [accepted(proxy) for _ in range(number + 1)]
+    proxy.one.settle()
+    for end in ends:
+        assert received(proxy.one, end, 3) == b"\x05\x01\x00"
+        end.sendall(b"\x05\x00")
+        proxy.one.settle()
+    asked = []
+    for end in ends:
+        try:
+            asked.append(end.recv(100))
+        except BlockingIOError:
+            asked.append(b"")
+    assert sorted(map(len, asked)) == [0] * number + [10]
+    assert proxy.one.counted(counts.TCP_WARM) == number
+    proxy.first = next(end for end, request in zip(ends, asked, strict=True) if request)
+    client.send(RST)
+    return [end for end, request in zip(ends, asked, strict=True) if not request]
+
+
+def test_a_flow_on_a_warm_connection_waits_for_its_request_alone():
+    with closing(Proxy(warm_connections=1)) as proxy:
+        [end] = warmed(proxy)
+        with end, proxy.first:
+            client = RawClient(proxy.one, ("192.0.2.7", 80), port=40001)
+            client.syn()
+            assert received(proxy.one, end, 10) == b"\x05\x01\x00\x01\xc0\x00\x02\x07\x00\x50"
+            end.sendall(proxy.reply + b"220 hello\r\n")
+            assert client.answer().flags == SYN | ACK
+            client.acknowledge()
+            assert client.read(11) == b"220 hello\r\n"
+            assert proxy.one.counted(counts.TCP_WARM_USED) == 1
+            with accepted(proxy) as another:  # in its place
+                proxy.one.settle()
+                assert another.recv(100) == b"\x05\x01\x00"
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+def test_a_warm_connection_that_the_proxy_has_closed_costs_its_flow_nothing(how, monkeypatch):
+    with closing(Proxy(warm_connections=1)) as proxy:
+        [end] = warmed(proxy)
+        with proxy.first:
+            take = proxy.one.worker.tcp.warm.take
+
+            def take_and_close(now):
+                taken = take(now)
+                if taken is not None:  # its end is seen only after it was taken
+                    (reset_by if how == "reset" else socket.socket.close)(end)
+                return taken
+
+            monkeypatch.setattr(proxy.one.worker.tcp.warm, "take", take_and_close)
+            client = RawClient(proxy.one, ("192.0.2.7", 80), port=40001)
+            client.syn()
+            proxy.one.settle()
+            with accepted(proxy) as first, accepted(proxy) as second:
+                proxy.one.settle()
+                greetings = [first.recv(100), second.recv(100)]
+                assert greetings == [b"\x05\x01\x00"] * 2  # the flow's own, and a warm one
+                for each in (first, second):
+                    each.sendall(b"\x05\x00")
+                proxy.one.settle()
+                for each in (first, second):
+                    try:
+                        if each.recv(100):
+                            each.sendall(proxy.reply)
+                    except BlockingIOError:
+                        pass
+                assert client.answer().flags == SYN | ACK
+            assert proxy.one.counted(counts.TCP_WARM_USED) == 1
+            assert proxy.one.counted(counts.TCP_REFUSED) == 0
+
+
+def test_warm_connections_that_the_proxy_closes_are_replaced_in_time():
+    with closing(Proxy(warm_connections=2)) as proxy:
+        ends = warmed(proxy, 2)
+        with proxy.first:
+            for end in ends:
+                end.close()
+            proxy.one.settle()
+            assert proxy.one.counted(counts.TCP_WARM) == 0
+            proxy.one.skip(5.1)
+            for _ in range(2):
+                accepted(proxy).close()
+            proxy.one.settle()
+            proxy.listening.setblocking(False)
+            proxy.one.skip(3)  # closed before they were of use: not at once again
+            with pytest.raises(BlockingIOError):
+                proxy.listening.accept()
+
+
+def test_a_warm_connection_does_not_grow_old():
+    with closing(Proxy(warm_connections=1)) as proxy:
+        [end] = warmed(proxy)
+        with end, proxy.first:
+            proxy.one.skip(36)
+            assert received(proxy.one, end, 1) == b""
+            accepted(proxy).close()
+
+
+@pytest.mark.parametrize("scheme", ["direct", "reject"])
+def test_without_a_proxy_nothing_is_warm(scheme):
+    with closing(OneWorker(scheme=scheme, warm_connections=4)) as one:
+        assert one.worker.tcp.warm.take(one.now) is None
+        assert one.counted(counts.TCP_WARM) == 0
+
+
 class OtherProxy(Proxy):
     """A proxy by hand that is asked once and answers once."""
 

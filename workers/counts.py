@@ -56,6 +56,9 @@ TCP_TIMEOUTS: Final = _counter("tcp_timeouts")  #: times that the retransmission
 TCP_SPURIOUS: Final = _counter("tcp_spurious")  #: recoveries and timeouts that were undone: nothing was lost
 TCP_TIME_WAIT_OVERFLOW: Final = _counter("tcp_time_wait_overflow")
 
+TCP_WARM: Final = _counter("tcp_warm")  #: gauge: connections to the proxy that wait for a flow
+TCP_WARM_USED: Final = _counter("tcp_warm_used")  #: flows that began on one
+
 # The proxy
 PROXY_UNREACHABLE: Final = _counter("proxy_unreachable")  #: connections to the proxy that failed
 PROXY_PROTOCOL_ERRORS: Final = _counter("proxy_protocol_errors")  #: answers that are not SOCKS

@@ -28,6 +28,7 @@ from workers.wire.tcp import Headers, reply_addresses
 
 if TYPE_CHECKING:
     from workers.flows import TcpFlows
+    from workers.warm import Taken
 
 EVERYTHING: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
 ANSWER: Final = 512  #: octets; most answers are shorter, and what a server says first may be right behind them
@@ -58,6 +59,7 @@ class Dial:
         "_buffer",
         "_handshake",
         "_heard",
+        "_is_warm",
         "_iss",
         "_relay",
         "_socket",
@@ -78,6 +80,7 @@ class Dial:
         self.pending = False  #: it counts among the flows' pending ones
         self._handshake: Handshake | None = None
         self._socket: socket.socket | None = None
+        self._is_warm = False  # the connection was there before the flow
         self._heard = False  # the proxy has said something that makes sense
         self._relay: Relay | None = None  # with early-accept it is there from the start
         self._buffer = 0  # what its receive buffer would be
@@ -113,6 +116,10 @@ class Dial:
             if upstream.proxy is None or handshake.done:  # nobody to ask, or nothing that it could be asked for
                 self.refuse(REFUSALS.get(handshake.reply, RESET), now)
                 return
+            warm = flows.warm.take(now)
+            if warm is not None:
+                self._use_warm(warm, host, port, now)
+                return
             target = upstream.proxy
             family = upstream.proxy_family
         try:
@@ -124,6 +131,18 @@ class Dial:
             return
         if self._connect(opened, target, now):
             self._begin(now)
+
+    def _use_warm(self, warm: Taken, host: bytes, port: int, now: float) -> None:
+        """Ask on a connection that has waited for this."""
+        self._socket, handshake = warm
+        self._is_warm = True
+        if handshake is not None:
+            handshake.ask(CONNECT, host, port)
+            self._handshake = handshake
+        assert self._handshake is not None
+        self.flows.handlers[self._socket.fileno()] = self.answered
+        self._begin(now)
+        self._send(self._handshake.first_bytes, now)
 
     def _destination(self) -> tuple[int, bytes, int]:
         """Return family, packed address and port."""
@@ -143,12 +162,15 @@ class Dial:
         return True
 
     def _ask_again(self, now: float) -> bool:
-        """Ask step by step, on a new connection, if the proxy did not take everything at once."""
+        """Ask on a new connection, if the warm one was dead; step by step, if the proxy did not take all at once."""
         upstream = self.flows.upstream
         old = self._socket
-        if self._heard or not upstream.pipelined or upstream.proxy is None or old is None:
+        if self._heard or not (self._is_warm or upstream.pipelined) or upstream.proxy is None or old is None:
             return False
-        upstream.pipelining_failed()
+        if self._is_warm:
+            self._is_warm = False
+        else:
+            upstream.pipelining_failed()
         try:
             self._socket = opened = upstream.open(upstream.proxy_family, socket.SOCK_STREAM)
         except OSError:
@@ -256,7 +278,7 @@ class Dial:
             whole = self._socket.send(data) == len(data)
         except OSError:
             whole = False
-        if not whole:
+        if not whole and not self._ask_again(now):
             self.flows.count[counts.PROXY_UNREACHABLE] += 1
             self.refuse(RESET, now)
 
@@ -303,7 +325,7 @@ class Dial:
             pass
         elif flows.handlers.get(self._socket.fileno()) == self.connected:
             flows.upstream.failed("no answer to the connection request")
-        elif not self._heard:
+        elif not self._heard and not self._is_warm:
             flows.upstream.pipelining_failed()  # how servers look that lost the request
         self.refuse(RESET, now)
 

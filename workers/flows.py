@@ -28,6 +28,7 @@ from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
 from workers.tcp.sequence import MASK
 from workers.timewait import TimeWait
+from workers.warm import WarmConnections
 from workers.wire.checksum import pseudo_sum, verify
 from workers.wire.tcp import HEADER, USUAL_TIMESTAMPS, Headers, reply_addresses
 from workers.wire.vnet import TRUSTED
@@ -66,6 +67,7 @@ class TcpFlows:
         self.count = worker.count
         self.timers = worker.timers
         self.upstream = worker.upstream
+        self.warm = WarmConnections(worker)
         self.icmp = worker.icmp
         self.handlers = worker.handlers
         self.watch = worker.watch
@@ -338,5 +340,6 @@ class TcpFlows:
 
     def stop(self, now: float) -> None:
         """End all flows; clients and proxies get RST."""
+        self.warm.stop()
         for flow in list(self.table.values()):
             flow.abort(now)

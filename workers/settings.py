@@ -44,6 +44,7 @@ class Settings:
     udp_found: str = ""  #: what a probe has found for auto; "" is nothing yet
     pipelined: bool = False  #: the proxy takes method, password and request in one go
     tcp_fast_open: bool = False
+    warm_connections: int = 0  #: of one worker, to the proxy, ready for flows
     udp_address: str = "auto"  #: where datagrams go after UDP ASSOCIATE: auto, peer, as-told, or an address
     early_accept: bool = False
     congestion: str = "cubic"  #: congestion control towards clients: cubic or newreno

@@ -68,12 +68,20 @@ class Upstream:
             self.use_pipelining(False)
             self._report({"event": "pipelining-failed"})
 
-    def open(self, family: int, kind: int) -> socket.socket:
-        """Return a new non-blocking socket that leaves by the configured way; OSError when there is none."""
+    def warm_handshake(self) -> SocksHandshake | None:
+        """Return a handshake that stops before its request; None: the protocol has nothing to say before."""
+        scheme, username, password = self._credentials
+        return SocksHandshake.warm(username, password) if scheme in ("socks5", "socks5h") else None
+
+    def open(self, family: int, kind: int, fast: bool = True) -> socket.socket:
+        """Return a new non-blocking socket that leaves by the configured way; OSError when there is none.
+
+        `fast`: TCP Fast Open, if the configuration wants it.
+        """
         opened = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         if self._mark or self._interface or self.fast_open:
             try:
-                if self.fast_open and kind == socket.SOCK_STREAM and not self.direct:
+                if self.fast_open and fast and kind == socket.SOCK_STREAM and not self.direct:
                     opened.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
                 if self._mark:
                     opened.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._mark)

@@ -314,3 +314,17 @@ def test_a_certificate_that_is_not_trusted(world: World) -> None:
         with pytest.raises(OSError):
             echo(world.gw, TARGET4, target.port)
         assert ringway.log().count("the certificate is refused") == 1
+
+
+@pytest.mark.parametrize("peer", [EMBEDDED, DANTE, MICROSOCKS_PASSWORD, TINYPROXY], ids=lambda peer: peer.name)
+def test_warm_connections(world: World, peer: Peer) -> None:
+    require(peer)
+    with (
+        RunningPeer(peer, world.net) as server,
+        Target(world.net) as target,
+        Ringway(world, "-p", server.url, "--warm-connections", "4") as ringway,
+    ):
+        _short_flows(world, TARGET4, target.port, 40)
+        eventually(lambda: ringway.counters()["tcp_warm"] >= 4, "connections are warm", 10)
+        _short_flows(world, TARGET4, target.port, 40)
+        assert ringway.counters()["tcp_warm_used"] >= 4
