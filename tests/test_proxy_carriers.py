@@ -88,6 +88,37 @@ def test_byte_by_byte_in_one_message_each(ws):
     assert exactly(ws, 4) == bytes.fromhex("8202 0500")
 
 
+def test_pings_without_end_and_nobody_reads_the_pongs(monkeypatch):
+    monkeypatch.setattr("gateway.proxy.stream.MAX_ANSWERS", 0)
+    with Running(carrier="ws") as proxy, proxy.connect() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(UPGRADE)
+        with pytest.raises((ConnectionError, TimeoutError)):
+            for _ in range(1000):
+                sock.sendall(masked(bytes(100), 0x89) * 1000)
+        assert proxy.server.counters["carrier-flood"] == 1
+
+
+@given(cut=st.integers(1, len(UPGRADE) + 20))
+def test_frames_right_behind_the_request_are_not_lost(cut):
+    stream = UPGRADE + masked(b"one") + masked(b"two")
+    server = WebSocket()
+    assert [message for piece in chunks(stream, [cut]) if piece for message in server.receive(piece)[0]] == [
+        b"one",
+        b"two",
+    ]
+
+
+def test_a_frame_that_cannot_be_is_counted(caplog):
+    with Running(carrier="ws") as proxy, proxy.connect() as sock:
+        sock.sendall(UPGRADE)
+        head(sock)
+        sock.sendall(bytes.fromhex("8203 050100"))  # not masked
+        assert exactly(sock, 4)[2:] == struct.pack("!H", 1002)
+        assert proxy.server.counters["websocket-failed"] == 1
+    assert "unmasked" in caplog.text
+
+
 def test_a_close_frame_ends_it(ws):
     ws.sendall(masked(struct.pack("!H", 1000), 0x88))
     assert exactly(ws, 4) == bytes.fromhex("8802 03e8")

@@ -9,14 +9,15 @@ import time
 import pytest
 
 from gateway.proxy.forward import Forwarder
+from gateway.proxy.outbound import Direct
 from gateway.proxy.tls import ClientTls, ServerTls
-from gateway.proxy.tunnelurl import parse_tunnel, parse_via
+from gateway.proxy.tunnelurl import UDP_MODES, parse_tunnel, parse_via
 from gateway.proxyurl import ConfigError
 from tests.certificates import CA, LOCALHOST
 from tests.httpproxy import HttpProxy
 from tests.proxy_running import PATIENCE, Running, accept, ask, exactly, listening, request, to_eof, tunnel
 from tests.test_proxy_udp import Associated, Echo, datagrams, settled
-from workers.socks.wire import BIND, CONNECT, parse_address
+from workers.socks.wire import BIND, CONNECT, UDP_ASSOCIATE, parse_address
 
 LOOPBACK = socket.inet_aton("127.0.0.1")
 CARRIERS = ("raw", "tls", "ws", "wss", "http")
@@ -268,6 +269,42 @@ def test_every_socket_that_leaves_can_be_marked(mode):
             settled(near, client, echo.address)
     # The tunnel, the way out behind it, and beside it the way to the other server's relay.
     assert sorted(opened) == [socket.SOCK_STREAM, *[socket.SOCK_DGRAM] * (2 if mode == "udp" else 1)]
+
+
+class Tcp(Direct):
+    """The outbound of a server that has no UDP."""
+
+    def associate(self, server, session):
+        session.refuse(7, "no-udp")
+
+
+def test_a_server_without_udp_is_asked_once_for_each_dialect(caplog):
+    with Running(outbound=Tcp()) as far:
+        forwarder = Forwarder(parse_tunnel(f"socks5://localhost:{far.server.address[1]}"))
+        with Running(outbound=forwarder) as near:
+            for _ in range(3):
+                with near.connect() as client:
+                    assert ask(client, UDP_ASSOCIATE, bytes(4), 0).reply == 7
+        assert far.server.counters["no-udp"] == len(UDP_MODES["auto"]) + 1
+        assert near.server.counters["tunnel-no-udp"] == 2
+    assert sum("carries no UDP" in record.message for record in caplog.records) == 1
+
+
+def test_a_success_that_is_not_meant_leads_to_another_way():
+    with listening() as listener:
+        forwarder = Forwarder(parse_tunnel(f"socks5://127.0.0.1:{listener.getsockname()[1]}"))
+        forwarder._ways = ("uot", "gost-v1")
+        with Running(outbound=forwarder) as near:
+            for command in (CONNECT, UDP_ASSOCIATE):
+                with near.connect() as client:
+                    client.sendall(b"\x05\x01\x00" + request(UDP_ASSOCIATE, ("0.0.0.0", 0)))
+                    with accept(listener) as server:
+                        assert exactly(server, 3) == b"\x05\x01\x00"
+                        server.sendall(b"\x05\x00")
+                        assert server.recv(100)[1] == command
+                        server.sendall(bytes.fromhex("05000001 00000000 0000"))
+                        assert exactly(client, 12)[3] == 0
+                    assert to_eof(client) == b""
 
 
 # Who is let in

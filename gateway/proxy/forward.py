@@ -7,6 +7,7 @@ UDP goes inside the tunnel in a dialect (workers/socks/framing.py), or beside it
 """
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RETRY_AFTER: Final = 30.0  # seconds until what was refused, or led nowhere, is tried again
+
 _UNSPECIFIED: Final = bytes(4)
 
 #: way → command, host, framing
@@ -98,7 +101,9 @@ class Forwarder:
         if url.proxy.scheme == "http":
             # HTTP has UoT alone, and HTTP proxies grant a CONNECT to whatever name: only on request.
             self._ways = tuple(way for way in self._ways if way.startswith("uot") and udp_mode != AUTO)
-        self._found = ""  #: the way that was granted last
+        self._found: str | None = None  #: the way that was granted last; "" when none was
+        self._none_before = 0.0  #: no way is asked for until then, after all were refused
+        self._not_before: dict[str, float] = {}  #: the same of single ways
         self._is_down = False
 
     @property
@@ -132,7 +137,13 @@ class Forwarder:
         if not self._ways:
             session.refuse(COMMAND_NOT_SUPPORTED, "no-udp")
             return None
+        now = time.monotonic()
         ways = sorted(self._ways, key=lambda way: way != self._found)
+        if len(ways) > 1:
+            ways = [way for way in ways if self._not_before.get(way, 0.0) <= now]
+        if not ways or self._none_before > now:
+            session.refuse(COMMAND_NOT_SUPPORTED, "tunnel-no-udp")
+            return None
         attempt = _Associate(server, self, session, ways)
         attempt.start()
         return attempt
@@ -179,8 +190,15 @@ class Forwarder:
             self._is_down = True
             log.warning("no tunnel to %s: %s", self.url, why)
 
+    def useless(self, way: str) -> None:
+        """Note that a way was granted and led nowhere: another one is tried for a while."""
+        self._not_before[way] = time.monotonic() + RETRY_AFTER
+        if len(self._ways) > 1:
+            self._found = None
+
     def found(self, way: str) -> None:
-        """Note which way datagrams go; each change is said."""
+        """Note which way datagrams go, or "" for none; each change is said."""
+        self._none_before = 0.0 if way else time.monotonic() + RETRY_AFTER
         if way != self._found:
             self._found = way
             if way:
@@ -328,7 +346,9 @@ class _Associate:
         else:
             gost1 = self._way == "gost-v1"
             framing = GostFraming(by_message=stream.keeps_messages) if gost1 else _DIALECTS[self._way][2]()
-            out = FramedOut(server, stream, framing, handshake.surplus, joins=not gost1)
+            way = self._way
+            forwarder = self._forwarder
+            out = FramedOut(server, stream, framing, handshake.surplus, lambda: forwarder.useless(way), joins=not gost1)
         self._forwarder.found(self._way)
         self._session.associated(out)
 

@@ -6,6 +6,7 @@ is shared between streams, so none holds up another.
 """
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from gateway.proxy.datagrams import Client, Out
@@ -16,6 +17,7 @@ from workers.socks.wire import ProtocolError, datagram_header_length
 if TYPE_CHECKING:
     from gateway.proxy.server import Server
 
+USELESS: Final = 10.0  # seconds
 MAX_BACKLOG: Final = 256 * 1024  # bytes that may wait for a stream that does not keep up: a second at 2 Mbit/s
 
 
@@ -154,12 +156,26 @@ class FramedClient(_Framed):
 class FramedOut(_Framed):
     """The way out through a server that has granted frames on a stream."""
 
-    __slots__ = ("client",)
+    __slots__ = ("_made_at", "_was_useless", "client")
 
-    def __init__(self, server: "Server", stream: Layered, framing: Framing, early: bytes, *, joins: bool) -> None:
-        """Take the stream over; `early` has come behind the reply."""
+    def __init__(
+        self,
+        server: "Server",
+        stream: Layered,
+        framing: Framing,
+        early: bytes,
+        was_useless: Callable[[], None],
+        *,
+        joins: bool,
+    ) -> None:
+        """Take the stream over; `early` has come behind the reply.
+
+        `was_useless` is called if the other server ends it soon and has sent nothing: it did not mean its success.
+        """
         super().__init__(server, stream, framing, joins=joins)
         self.client: Client | None = None
+        self._made_at = self._heard_at
+        self._was_useless = was_useless
         if early:
             server.soon(lambda: self.received(early))
 
@@ -199,6 +215,8 @@ class FramedOut(_Framed):
     def _end(self) -> None:
         if not self._is_closed:
             self._server.counters["tunnel-ended"] += 1
+            if self._heard_at == self._made_at and time.monotonic() - self._made_at < USELESS:
+                self._was_useless()
             self.close()
 
     def _answer(self, run: list[bytes]) -> None:

@@ -10,7 +10,7 @@ What an owner is told comes from the loop, never from within a call that it make
 import errno
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from gateway.proxy.address import SocketAddress, unmapped
 from gateway.proxy.poll import FAILED, READ, WRITE
@@ -19,6 +19,9 @@ from workers.socks.wire import ProtocolError
 
 if TYPE_CHECKING:
     from gateway.proxy.server import Server
+
+
+MAX_ANSWERS: Final = 1 << 20  # bytes that may wait when a layer wants to answer by itself: pongs, alerts
 
 
 class Layer(Protocol):
@@ -119,12 +122,12 @@ class Layered:
             self._down(data, len(self._layers))
 
     def write_each(self, messages: Sequence[bytes]) -> None:
-        """Send several messages, which a plain connection may run together."""
-        if self._layers:
-            for message in messages:
-                self.write(message)
-        else:
+        """Send several messages at once; they stay apart only where the carrier keeps them so."""
+        if not self.keeps_messages:
             self.write(b"".join(messages))
+        elif not self.is_closed:
+            upper = self._layers[-1]
+            self._down(b"".join(map(upper.send, messages)), len(self._layers) - 1)
 
     def hold(self) -> None:
         """Read no more until `go_on`."""
@@ -177,6 +180,8 @@ class Layered:
                     out += up
                     if down:
                         self._down(down, level)
+                        if self.backlog > MAX_ANSWERS:
+                            raise ProtocolError("carrier-flood", "a peer asks for answers and reads none")
             except ProtocolError as error:
                 self._broken(error, layer, level)
                 return
