@@ -125,7 +125,10 @@ def test_a_close_frame_ends_it(ws):
     assert to_eof(ws) == b""
 
 
-@pytest.mark.parametrize("garbage", [b"\x05\x01\x00", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\x00" * 20000])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\x05\x01\x00", UPGRADE.replace(b"127.0.0.1", b"a\xff"), b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\x00" * 20000],
+)
 def test_no_websocket_is_400(garbage):
     with Running(carrier="ws") as proxy, proxy.connect() as sock:
         sock.sendall(garbage)
@@ -251,6 +254,9 @@ def test_posts_that_are_refused(web):
     with Web(web) as client:
         client.up.sendall(b"GET /c2s?token=%s HTTP/1.1\r\nHost: a\r\n\r\n" % client.token)
         assert head(client.up).startswith(b"HTTP/1.1 405 ")
+    with Web(web) as client:
+        client.up.sendall(b"GET http://[::1 HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert head(client.up).startswith(b"HTTP/1.1 400 ")
     with Web(web) as client:
         client.up.sendall(b"nonsense\r\n\r\n")
         assert head(client.up).startswith(b"HTTP/1.1 400 ")

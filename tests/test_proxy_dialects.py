@@ -181,6 +181,15 @@ def test_replies(proxy):
         assert ask(client, HEV_UDP, bytes(16), 0).bound == (bytes(16), 0)
 
 
+@pytest.mark.parametrize("method", range(0x81, 0x8A))
+def test_ciphers_are_refused_in_one_line(proxy, method, caplog):
+    for _ in range(2):
+        with proxy.connect() as client:
+            client.sendall(bytes((5, 1, method)))
+            assert to_eof(client) == b"\x05\xff"
+    assert [f"{method:#x}" in record.message for record in caplog.records] == [True]
+
+
 def test_gost_may_not_have_a_port_of_this_machine(proxy):
     with proxy.connect() as client:
         assert ask(client, GOST_UDP, bytes(4), 5353).reply == 2

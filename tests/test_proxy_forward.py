@@ -428,6 +428,11 @@ def test_via_socks(carrier, target):
 # URLs
 
 
+def test_a_host_as_http_has_it():
+    assert Forwarder(parse_tunnel("socks5+ws://bücher.example")).authority == "xn--bcher-kva.example:80"
+    assert Forwarder(parse_tunnel("socks5+wss://[::1]:1")).authority == "[::1]:1"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

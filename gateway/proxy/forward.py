@@ -116,7 +116,8 @@ class Forwarder:
     def authority(self) -> str:
         """Return host and port as HTTP has them."""
         proxy = self.url.proxy
-        return f"[{proxy.host}]:{proxy.port}" if ":" in proxy.host else f"{proxy.host}:{proxy.port}"
+        host = f"[{proxy.host}]" if ":" in proxy.host else proxy.host.encode("idna").decode()
+        return f"{host}:{proxy.port}"
 
     # Outbound
 

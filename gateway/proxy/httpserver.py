@@ -161,7 +161,10 @@ class HttpConnection(Owner):
 
     def _request(self, request: h11.Request) -> bool:
         """Begin with a request; False if nothing more of it is wanted."""
-        target = urlsplit(request.target.decode("ascii", "replace"))  # absolute-form as well, from proxies
+        try:
+            target = urlsplit(request.target.decode("ascii", "replace"))  # absolute-form as well, from proxies
+        except ValueError:
+            return self._refuse(400)
         if target.path == "/s2c":
             self._server.settle(self)
             self.stream.write(

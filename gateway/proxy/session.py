@@ -11,7 +11,6 @@ may send all at once (RFC 1928 does not forbid it), or byte by byte. Bytes behin
 """
 
 import hmac
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -55,8 +54,6 @@ from workers.socks.wire import (
 if TYPE_CHECKING:
     from gateway.proxy.outbound import Attempt
     from gateway.proxy.server import Server
-
-log = logging.getLogger(__name__)
 
 LINGER_TIMEOUT: Final = 2.0  # seconds for a refused client to read why
 
@@ -140,12 +137,11 @@ class Session(Owner):
         elif NO_AUTHENTICATION in offered:
             return NO_AUTHENTICATION
         if len(offered) == 1 and offered[0] in GOST_CIPHERS:
-            self._server.counters["method-cipher"] += 1
-            log.warning(
-                "a client wants gost's cipher %s (method %#x): only its TLS methods are spoken here, 80, 82 and 8a",
-                GOST_CIPHERS[offered[0]],
-                offered[0],
+            sentence = (
+                f"a client wants gost's cipher {GOST_CIPHERS[offered[0]]} (method {offered[0]:#x}): "
+                "of gost's own methods only those with TLS are spoken here, 80, 82 and 8a"
             )
+            self._server.complain(ProtocolError("method-cipher", sentence))
         return NO_ACCEPTABLE_METHOD
 
     def _password(self) -> None:

@@ -61,7 +61,7 @@ class WebSocket:
             self._socket.receive_data(data)
             for event in self._socket.events():
                 answer += self._take(event, messages)
-        except (RemoteProtocolError, LocalProtocolError) as error:
+        except (RemoteProtocolError, LocalProtocolError, UnicodeError) as error:  # the last for names of hosts
             raise ProtocolError("websocket-failed", f"WebSocket: {error}") from None
         if rest:
             more, down = self.receive(rest)
