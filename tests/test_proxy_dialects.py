@@ -223,7 +223,7 @@ def test_what_comes_first_decides_what_03_means(proxy):
 
 
 def test_a_stream_that_stops_within_a_frame_or_is_idle_is_closed():
-    with Running(stall_timeout=0.05, idle_timeout=0.2) as proxy, Framed(proxy, "gost") as stuck:
+    with Running(stall_timeout=0.05, idle_timeout=1.0) as proxy, Framed(proxy, "gost") as stuck:
         with Framed(proxy, "hev") as idle, Echo() as echo:
             stuck.stream.sendall(b"\x00\x05\x00")
             idle.send(b"alive", echo.address)
