@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from workers.flows import TcpFlows
 
 RARE: Final = ~(TEXT | ACKED)  #: events
+COUNTED: Final = sum(bit for bit, _ in counts.TCP_EVENTS)
 ENDING: Final = EPOLLRDHUP | EPOLLHUP | EPOLLERR
 TO_READ: Final = EPOLLIN | ENDING
 
@@ -142,9 +143,10 @@ class Relay:
             self.flows.reset_stranger(self.key, seg)
         if events & TIMED_OUT:
             self._unacked.copy_held()
-        for bit, counter in counts.TCP_EVENTS:
-            if events & bit:
-                self.flows.count[counter] += 1
+        if events & COUNTED:
+            for bit, counter in counts.TCP_EVENTS:
+                if events & bit:
+                    self.flows.count[counter] += 1
         if events & OPENED:
             self.flows.count[counts.TCP_OPENED] += 1
         if events & REMOTE_CLOSED:

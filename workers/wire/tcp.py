@@ -3,6 +3,7 @@
 A frame that carries more than one MSS is a super-segment: the device (or the kernel behind it) cuts it.
 """
 
+from functools import lru_cache
 from struct import Struct
 from typing import Final
 
@@ -37,6 +38,15 @@ def _vnet(gso_type: int, mss: int, ip_length: int, tcp_length: int) -> bytes:
 #: virtio_net_hdr and the beginning of the IP header of a packet that is not cut
 _PLAIN4: Final = _vnet(vnet.GSO_NONE, 0, 20, 20) + _IP4
 _PLAIN6: Final = _vnet(vnet.GSO_NONE, 0, 40, 20) + _IP6
+_IP4_SUM: Final = ones_sum(_IP4 + _ID_DF_TTL_TCP)
+
+
+@lru_cache(maxsize=64)
+def _cut_prefix(version: int, mss: int, tcp_length: int) -> bytes:
+    """Return the same of a packet that is cut; most flows have one of few."""
+    if version == 4:
+        return _vnet(vnet.GSO_TCPV4, mss, 20, tcp_length) + _IP4
+    return _vnet(vnet.GSO_TCPV6, mss, 40, tcp_length) + _IP6
 
 
 class Headers:
@@ -49,17 +59,15 @@ class Headers:
         self._version = version
         self._addresses = addresses
         self._tcp_length = 32 if timestamps else 20
-        self._pseudo_sum = (ones_sum(addresses[:-4]) + 6) % 65535
-        self._ip_sum = ones_sum(_IP4 + _ID_DF_TTL_TCP + addresses[:8]) if version == 4 else 0
+        addresses_sum = ones_sum(addresses[:-4])
+        self._pseudo_sum = addresses_sum + 6
+        self._ip_sum = addresses_sum + _IP4_SUM
         self.cut_at(mss)
 
     def cut_at(self, mss: int) -> None:
         """Let the device cut super-segments into packets with this many octets of text."""
         self._mss = mss
-        if self._version == 4:
-            self._cut = _vnet(vnet.GSO_TCPV4, mss, 20, self._tcp_length) + _IP4
-        else:
-            self._cut = _vnet(vnet.GSO_TCPV6, mss, 40, self._tcp_length) + _IP6
+        self._cut = _cut_prefix(self._version, mss, self._tcp_length)
 
     def write(self, memory: memoryview, end: int, out: Segment) -> int:
         """Write the headers for `out` so that they end at `end`, where its text begins; return their length."""
