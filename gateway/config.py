@@ -72,6 +72,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_u
     congestion: Literal["cubic", "newreno"] = "cubic"
     public_only: bool = False
     enable_dns_cache: bool = False
+    dns_cache_size: int = 16 << 20
     offloads: bool = True
     loglevel: Literal["debug", "info", "warn", "error", "silent"] = "info"
     control: str = ""

@@ -269,11 +269,18 @@ KEYS: Final[tuple[Key, ...]] = (
     ),
     Key(
         "enable-dns-cache",
-        "Accepted for gotun2socks' sake; answers are not cached yet.",
+        "Answer names that were asked for before from memory, one cache for all workers.",
         BOOLEAN_ALLOWED,
         read_boolean,
         "BOOL",
         boolean=True,
+    ),
+    Key(
+        "dns-cache-size",
+        "Bytes that the cache of names may take, a power of two below is used; a name takes about 160.",
+        'a size from 256k to 1g, in bytes (16777216) or as "512k", "4m"',
+        read_size(256 << 10, 1 << 30),
+        "BYTES",
     ),
     Key(
         "offloads",

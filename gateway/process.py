@@ -288,7 +288,9 @@ def roles_for(placement: str) -> tuple[tuple[Role, ...], Callable[[int], dict[st
 
         def single(setup: Setup, shard: int, channel: Channel) -> None:
             port = DirectPort(setup.shared, setup.device)
-            worker_main(port, setup.settings, setup.shared.counters.block(f"worker/{shard}"), channel)
+            worker_main(
+                port, setup.settings, setup.shared.counters.block(f"worker/{shard}"), channel, setup.shared.dns_cache
+            )
 
         everything = Role(
             "single", single, block="worker/{}", keeps_device=True, keeps_upstream_rights=True, gauges=gauges
@@ -304,7 +306,9 @@ def roles_for(placement: str) -> tuple[tuple[Role, ...], Callable[[int], dict[st
 
     def work(setup: Setup, shard: int, channel: Channel) -> None:
         port = RingPort(setup.shared, shard)
-        worker_main(port, setup.settings, setup.shared.counters.block(f"worker/{shard}"), channel)
+        worker_main(
+            port, setup.settings, setup.shared.counters.block(f"worker/{shard}"), channel, setup.shared.dns_cache
+        )
 
     def write(setup: Setup, _shard: int, channel: Channel) -> None:
         writer_main(setup.shared, setup.device, channel, setup.settings.busy_poll)

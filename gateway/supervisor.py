@@ -231,7 +231,8 @@ class Supervisor:
             roles = (*roles, carrier.role)
             names = {**names, carrier.role.block: carrier.counters}
             settings = carrier.settings(settings, config.pipelined_handshake != "no")
-        shared = SharedMemory(shards, names)
+        cache_octets = 1 << config.dns_cache_size.bit_length() - 1 if config.enable_dns_cache else 0
+        shared = SharedMemory(shards, names, cache_octets)
         self._setup = Setup(shared, self._device, settings)
         self._tree = ProcessTree(
             self._loop,

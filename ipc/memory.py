@@ -6,6 +6,7 @@ there is room for `shards` workers from the start.
 
 from mmap import mmap
 
+from ipc.cache import SharedCache
 from ipc.counters import Counters
 from ipc.layout import (
     FRAME_SIZE,
@@ -20,10 +21,10 @@ from ipc.ring import RingMemory
 
 
 class SharedMemory:
-    """The RX frames, the TX frames of each worker, the four rings of each worker, and the counters."""
+    """The RX frames; the TX frames and the four rings of each worker; the counters; the cache of names."""
 
-    def __init__(self, shards: int, counter_names: dict[str, tuple[str, ...]]) -> None:
-        """Map the memory and make the eventfds for `shards` workers."""
+    def __init__(self, shards: int, counter_names: dict[str, tuple[str, ...]], cache_octets: int = 0) -> None:
+        """Map the memory and make the eventfds for `shards` workers; 0 octets: they have no cache."""
         self.shards = shards
         self.rx_frames = mmap(-1, RX_FRAMES * FRAME_SIZE)
         self.tx_frames = [mmap(-1, TX_LARGE * FRAME_SIZE + TX_SMALL * SMALL_SIZE) for _ in range(shards)]
@@ -38,6 +39,7 @@ class SharedMemory:
                 offset += ring_bytes(name)
             self.rings.append(rings)
         self.counters = Counters(counter_names)
+        self.dns_cache = SharedCache(cache_octets) if cache_octets else None
 
     def reset(self, shard: int, *names: str) -> None:
         """Empty the named rings of a worker; only after both ends have been told to let go."""

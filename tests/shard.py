@@ -82,6 +82,7 @@ class Shard:
         self._handlers = {}
         self.icmp = Icmp(self)
         self.udp = None
+        self.dns_cache = None
 
     @property
     def sent(self) -> list[bytes]:

@@ -91,6 +91,7 @@ def test_every_key_can_stand_in_the_file_and_in_the_environment(tmp_path: Path) 
         "congestion": "newreno",
         "public-only": True,
         "enable-dns-cache": True,
+        "dns-cache-size": 1 << 20,
         "offloads": False,
         "loglevel": "silent",
         "control": "/tmp/ringway.sock",

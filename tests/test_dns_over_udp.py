@@ -159,7 +159,7 @@ def test_a_proxy_that_is_down_is_said_at_once(shard):
 
 
 def test_what_waits_is_bounded_and_forgotten(shard, monkeypatch):
-    dns = shard.udp.dns_over_udp
+    dns = shard.udp.dns_over_udp[12]
     for number in range(MAX_OUTSTANDING + 10):
         dns.ask(CLIENT4 + RESOLVER + number.to_bytes(2) + b"\0\x35", question(), 100.0)
     assert len(dns._queries) == MAX_OUTSTANDING
@@ -169,7 +169,7 @@ def test_what_waits_is_bounded_and_forgotten(shard, monkeypatch):
 
 
 def test_the_association_changes_with_time(shard):
-    dns = shard.udp.dns_over_udp
+    dns = shard.udp.dns_over_udp[12]
     for at in (100.0, 100.0 + LIFE, 101.0 + LIFE):
         dns.ask(CLIENT4 + RESOLVER + b"\0\1\0\x35", question(), at)
     assert shard.counted(counts.UDP_ASSOCIATIONS) == 2

@@ -96,6 +96,11 @@ DNS_UNASKED: Final = _counter("dns_unasked")  #: answers that nobody waits for: 
 DNS_OVER_TCP_QUERIES: Final = _counter("dns_over_tcp_queries")
 DNS_OVER_TCP_FAILED: Final = _counter("dns_over_tcp_failed")
 
+# DNS from the cache
+DNS_CACHE_HITS: Final = _counter("dns_cache_hits")
+DNS_CACHE_MISSES: Final = _counter("dns_cache_misses")
+DNS_CACHE_RENEWED: Final = _counter("dns_cache_renewed")  #: asked for again near their end, because they are in use
+
 # ICMP
 ICMP_ECHO_REPLIES: Final = _counter("icmp_echo_replies")
 ICMP_ERRORS_SENT: Final = _counter("icmp_errors_sent")

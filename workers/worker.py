@@ -13,11 +13,13 @@ from math import inf
 from select import EPOLLIN, epoll
 from typing import Final
 
+from ipc.cache import SharedCache
 from ipc.channel import Channel, ChannelClosed, Message
 from ipc.layout import ADDRESS_MASK, LENGTH_SHIFT
 from ipc.wait import spin
 from workers import counts
 from workers.dial import Dial
+from workers.dns.cache import DnsCache
 from workers.flows import TcpFlows
 from workers.icmp import Icmp
 from workers.port import Port, RingPort
@@ -43,7 +45,10 @@ MIN_FRAME: Final = VNET + 20  #: octets; with an IPv4 header; what a fragment ha
 class Worker:
     """Everything of one shard. One process, one thread."""
 
-    def __init__(self, port: Port, settings: Settings, count: memoryview, channel: Channel) -> None:
+    def __init__(
+        self, port: Port, settings: Settings, count: memoryview, channel: Channel, cache: SharedCache | None = None
+    ) -> None:
+        """`cache` keeps the answers of resolvers, for all workers."""
         self.port = port
         self.settings = settings
         self.count = count
@@ -56,6 +61,7 @@ class Worker:
         self._watches_completions = False
         self.upstream = Upstream(settings, self.report)
         self.icmp = Icmp(self)
+        self.dns_cache = DnsCache(cache, count) if cache is not None else None
         self.tcp = TcpFlows(self)
         self.udp = Udp(self)
         self.watch(port.fileno(), EPOLLIN, self._frames_wait)
@@ -264,6 +270,8 @@ class Worker:
                 self.report({"done": do})
 
 
-def worker_main(port: Port, settings: Settings, count: memoryview, channel: Channel) -> None:
+def worker_main(
+    port: Port, settings: Settings, count: memoryview, channel: Channel, cache: SharedCache | None = None
+) -> None:
     """Run a worker until the supervisor says stop, or is gone."""
-    Worker(port, settings, count, channel).run()
+    Worker(port, settings, count, channel, cache).run()

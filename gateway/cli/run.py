@@ -34,8 +34,6 @@ def command(config_path: str | None, **values: Any) -> int:
         raise ConfigError("run needs Linux; `ringway check` and `ringway proxy` work here")
     start_logging(config.loglevel)
     raise_descriptor_limit()
-    if config.enable_dns_cache:
-        logging.getLogger(__name__).warning("enable-dns-cache is accepted, but answers are not cached yet")
 
     from gateway.device import DeviceError
     from gateway.supervisor import Supervisor

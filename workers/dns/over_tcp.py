@@ -17,15 +17,16 @@ from dpkt import UnpackError
 from dpkt.dns import DNS, DNS_OPT, DNS_QR, DNS_RA, DNS_RCODE_SERVFAIL, DNS_RD, DNS_TC, unpack_name
 
 from workers import counts
+from workers.dns.message import HEADER, PLAIN_LIMIT, parse_query
+from workers.dns.message import Query as Asked
 from workers.proxyconnection import CLOSED, ProxyConnection
 from workers.socks.wire import CONNECT, Host
 from workers.wire.udp import IPV4_OVERHEAD, IPV6_OVERHEAD, split_key
 
 if TYPE_CHECKING:
+    from workers.dns.cache import DnsCache
     from workers.worker import Worker
 
-HEADER: Final = 12  #: octets in front of the question; RFC 1035, 4.1.1
-PLAIN_LIMIT: Final = 512  #: octets of an answer by UDP to a client without EDNS; RFC 1035, 4.2.1
 MAX_OUTSTANDING: Final = 512  #: questions to one resolver that have no answer yet
 MAX_RESOLVERS: Final = 64  #: that are asked at a time
 _OPCODE_AND_RD: Final = 0x7800 | DNS_RD
@@ -36,12 +37,16 @@ Deliver = Callable[[bytes, bytes], None]
 class Query:
     """One question that waits for its answer."""
 
-    __slots__ = ("asked_at", "key", "limit", "message", "question", "retried")
+    __slots__ = ("asked", "asked_at", "key", "limit", "message", "question", "retried", "told")
 
-    def __init__(self, key: bytes, message: bytes, question: bytes, limit: int, now: float) -> None:
+    def __init__(
+        self, key: bytes, message: bytes, question: bytes, asked: Asked | None, told: bool, limit: int, now: float
+    ) -> None:
         self.key = key  #: of the client's flow
         self.message = message  #: as the client sent it
         self.question = question  #: the first of its question section, see question_of()
+        self.asked = asked  #: the same as the cache has it; None: it keeps no answer to this
+        self.told = told  #: the client has had an answer from the cache; a new one is only kept
         self.limit = limit  #: octets of the answer that the client and the device take
         self.asked_at = now
         self.retried = False
@@ -50,14 +55,18 @@ class Query:
 class DnsOverTcp:
     """The questions of one worker, by resolver."""
 
-    def __init__(self, worker: Worker, deliver: Deliver) -> None:
-        """`deliver(key, payload)` sends a datagram back to the client of a flow."""
+    def __init__(self, worker: Worker, deliver: Deliver, cache: DnsCache | None = None) -> None:
+        """`deliver(key, payload)` sends a datagram back to the client of a flow; answers go into the cache as well."""
         self.worker = worker
+        self.cache = cache
         self.deliver = deliver
         self._resolvers: dict[bytes, Resolver] = {}
 
-    def ask(self, key: bytes, payload: bytes, now: float) -> None:
-        """Take the payload of a datagram to port 53; what is no question is dropped and counted."""
+    def ask(self, key: bytes, payload: bytes, now: float, told: bool = False) -> None:
+        """Take the payload of a datagram to port 53; what is no question is dropped and counted.
+
+        `told`: the client has had an answer from the cache, which is renewed.
+        """
         count = self.worker.count
         question = question_of(payload)
         if question is None or payload[2] & 0x80:
@@ -66,7 +75,7 @@ class DnsOverTcp:
         count[counts.DNS_OVER_TCP_QUERIES] += 1
         overhead = IPV4_OVERHEAD if len(key) == 12 else IPV6_OVERHEAD
         limit = min(answer_limit(payload), self.worker.settings.mtu - overhead)
-        query = Query(key, payload, question, limit, now)
+        query = Query(key, payload, question, parse_query(payload) if self.cache else None, told, limit, now)
         _, _, host, port = split_key(key)
         name = host + port.to_bytes(2, "big")
         resolver = self._resolvers.get(name)
@@ -80,7 +89,8 @@ class DnsOverTcp:
     def fail(self, query: Query) -> None:
         """Answer SERVFAIL, so that the client goes on to its next resolver at once."""
         self.worker.count[counts.DNS_OVER_TCP_FAILED] += 1
-        self.deliver(query.key, without_records(query.message, DNS_RCODE_SERVFAIL))
+        if not query.told:
+            self.deliver(query.key, without_records(query.message, DNS_RCODE_SERVFAIL))
 
     def forget(self, resolver: Resolver) -> None:
         """Remove a resolver that nobody asks any more."""
@@ -129,7 +139,7 @@ class Resolver:
         """Send a question, now or when the connection is there."""
         outstanding = self._outstanding
         for other in outstanding.values():
-            if other.key == query.key and other.message == query.message:
+            if other.key == query.key and other.message == query.message and other.told == query.told:
                 return  # asked again by an impatient client: one answer will do
         if len(outstanding) >= MAX_OUTSTANDING:
             self._dns.fail(query)
@@ -190,6 +200,7 @@ class Resolver:
 
     def received(self, data: bytes, now: float) -> None:
         """Take bytes of the answers: each is two octets of length, and the message."""
+        self._active_at = self._heard_at = now
         buffer = self._buffer + data
         at = 0
         while len(buffer) - at >= 2:
@@ -199,7 +210,6 @@ class Resolver:
             self._answer(buffer[at + 2 : end])
             at = end
         self._buffer = buffer[at:]
-        self._active_at = self._heard_at = now
 
     def _answer(self, message: bytes) -> None:
         if len(message) < HEADER or not message[2] & 0x80:
@@ -212,6 +222,11 @@ class Resolver:
         if question != query.question and (question is not None or message[4:6] != b"\0\0"):
             return  # the answer to another question; one without any is how errors are reported
         del self._outstanding[number]
+        cache = self._dns.cache
+        if cache is not None and query.asked is not None:
+            cache.keep(self.host + self.port.to_bytes(2, "big"), query.asked, message, self._heard_at)
+        if query.told:
+            return
         answer = query.message[:2] + message[2:]
         if len(answer) > query.limit:
             answer = without_records(query.message, message[3] & 15, truncated=True)

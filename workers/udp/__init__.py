@@ -11,7 +11,7 @@
 | Flow            | client socket and destination       | with its association, or when the table of flows is full |
 | DatagramHeaders | client socket and source of answers | with its association, or when its table is full          |
 
-DNS questions share one association (dns.py), unless the upstream is direct://.
+DNS questions share one association (dns.py); with direct:// only if there is a cache, and one for each IP version.
 
 ¹ With udp-mapping address-port: for each flow.
 """

@@ -104,7 +104,9 @@ class Association:
         `key` is its place in the table: the client, or (udp-mapping address-port) the key of its only flow.
         """
         self._udp = udp
-        self._receiver: Receiver = receiver or udp.answers.from_relay
+        self._receiver: Receiver = receiver or (
+            udp.answers.from_anyone if udp.worker.upstream.direct else udp.answers.from_relay
+        )
         self._undelivered: Undelivered = undelivered or udp.flow_undelivered
         self.key = key
         self.client = client
@@ -171,7 +173,7 @@ class Association:
             overhead = IPV4_OVERHEAD if family == socket.AF_INET else IPV6_OVERHEAD
             self._use(opened, _ETHERNET - overhead)
             self.receive_from = opened.recvfrom_into
-            udp.worker.watch(opened.fileno(), EPOLLIN, partial(udp.answers.from_anyone, self))
+            udp.worker.watch(opened.fileno(), EPOLLIN, partial(self._receiver, self))
         else:
             source, source_port, host, port = split_key(self.key)
             limit = self._connected_to(opened, family, socket.inet_ntop(family, host), port)

@@ -57,7 +57,7 @@ class Udp:
         settings = worker.settings
         self.worker = worker
         self.answers = Answers(worker)
-        self.dns = DnsOverTcp(worker, self.answers.deliver)
+        self.dns = DnsOverTcp(worker, self.answers.deliver, worker.dns_cache)
         self._rx = worker.port.rx
         self._rx_view = worker.port.rx_view
         self._count = worker.count
@@ -81,7 +81,9 @@ class Udp:
         )
         self.associations = Associations(self)
         self._associations = self.associations.table
-        self.dns_over_udp = DnsOverUdp(self)
+        over_udp = DnsOverUdp(self, worker.dns_cache)
+        #: by octets of a key: direct:// has a socket for each IP version
+        self.dns_over_udp = {12: over_udp, 36: DnsOverUdp(self, worker.dns_cache) if self._direct else over_udp}
 
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -341,7 +343,7 @@ class Udp:
             self._count[counts.UDP_DROPPED_QUIC] += 1
             self.worker.icmp.unreachable(packet_of(key, datagram[:QUOTED]), PORT)
             return None
-        if port == DNS_PORT and not self._direct and self.dns_over_udp.ask(key, datagram, now):
+        if port == DNS_PORT and self.dns_over_udp[len(key)].ask(key, datagram, now):
             return None
         client = source + source_port.to_bytes(2, "big")
         association = self._associations.get(key if self._by_destination else client)
