@@ -6,6 +6,7 @@
 A RawClient is a client's TCP by hand: it sends the segments that a test says, and reads the answers field by field.
 """
 
+import contextlib
 import select
 import socket
 import struct
@@ -109,10 +110,20 @@ class OneWorker:
         self._channel, self._supervisor = Channel.pair()
         self.worker = Worker(self.port, Settings(**{**defaults, **settings}), self.count, self._channel)
         self._skipped = 0.0
+        self._stopped_at = 0.0  # where the clock stands, 0 = it runs
 
     @property
     def now(self) -> float:
-        return time.monotonic() + self._skipped
+        return (self._stopped_at or time.monotonic()) + self._skipped
+
+    @contextlib.contextmanager
+    def standstill(self):
+        """Let no time pass meanwhile: nothing is due because the machine is slow."""
+        self._stopped_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._stopped_at = 0.0
 
     @property
     def table(self):
