@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.simulation import whole_scenario
+from tests.simulation import pair, whole_scenario
 from tests.simulation.scenario import run
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))  #: 10,000 take 40 s of one core
@@ -35,6 +35,16 @@ def test_a_whole_worker_moves_every_octet_and_keeps_no_frame(first):
             error.add_note(f"with every packet: python -m tests.simulation --worker {seed}")
             raise
     shard.close()
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS // 5, CHUNK))
+def test_the_active_side_and_the_passive_one(first):
+    for seed in range(first, first + CHUNK):
+        try:
+            pair.run(seed)
+        except Exception as error:
+            error.add_note(f"with every packet: python -m tests.simulation --pair {seed}")
+            raise
 
 
 def test_the_runs_are_deterministic():

@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from tests.simulation import scenario, table, whole_scenario
+from tests.simulation import pair, scenario, table, whole_scenario
 from tests.simulation.stranger import STRANGE_FRAMES
 
 
@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
         return 0
     run: Callable = scenario.run
     if words[0].startswith("--"):
-        run = {"--worker": of_a_whole_worker, "--stranger": beside_a_stranger}[words.pop(0)]
+        run = {"--worker": of_a_whole_worker, "--stranger": beside_a_stranger, "--pair": pair.run}[words.pop(0)]
     numbers = [int(word) for word in words]
     if len(numbers) == 1:
         print(run(numbers[0], print))

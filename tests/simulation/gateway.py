@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from tests.simulation.world import FORGED, MASK, STREAM, Link, Packet, World
+from tests.simulation.world import MASK, STREAM, Link, Packet, World
 from workers.tcp import pathmtu
 from workers.tcp.connection import Connection
 from workers.tcp.events import (
@@ -23,9 +23,7 @@ from workers.tcp.events import (
 from workers.tcp.limits import RECEIVE_BUFFER
 from workers.tcp.policy import Policy
 from workers.tcp.segment import ACK, FIN, RST, SYN, Segment
-from workers.tcp.states import CLOSED, NAMES, SYN_RECEIVED, TIME_WAIT
-
-FORGING_SECONDS = 60.0  #: so long strangers are about
+from workers.tcp.states import CLOSED, NAMES, SYN_RECEIVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +68,11 @@ class Gateway:
         self._paused = False
         self._lingers = traits.lingers
         self._edge = 0  #: of the receive window, as a position
+
+    @property
+    def established(self) -> bool:
+        """Whether the handshake is done."""
+        return self.conn is not None and self.conn.state > SYN_RECEIVED
 
     # ── from the device ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,9 +150,18 @@ class Gateway:
         syn = Segment()
         self._fill(syn, packet)
         self.conn = Connection(syn, self.iss, self.traits.mss, self.policy)
+        self._begun()
+
+    def _begun(self) -> None:
         if self.traits.abort_after < inf:
             self.world.at(self.world.now + self.traits.abort_after, self._abort)
         self.output()
+
+    def connect(self, _: object = None) -> None:
+        """Be the active side, unless the other's SYN has come already."""
+        if self.conn is None:
+            self.conn = Connection.connect(self.iss, self.traits.mss, self.policy)
+            self._begun()
 
     def _stranger(self, packet: Packet) -> None:
         """A segment of no connection."""
@@ -206,7 +218,7 @@ class Gateway:
         while True:
             while conn.segment_to_send(out, now):
                 self._transmit()
-            if not self._source_open or self.ended or conn.state in (CLOSED, TIME_WAIT, SYN_RECEIVED) or self._paused:
+            if not self._source_open or self.ended or conn.state <= SYN_RECEIVED or self._paused:
                 break
             if self.sent == self.total:
                 if not self._linger():
@@ -340,49 +352,6 @@ class Gateway:
             assert left < right
             twice = i == 0 and (right <= rcv.taken or any(a <= left and right <= b for a, b in kept))
             assert twice or (left, right) in kept, f"the SACK block {left}:{right} is none of {kept}"
-
-    # ── a stranger ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def forge(self, _: object) -> None:
-        """Let a segment arrive that a stranger made, one that the RFCs say must not hurt; and again later."""
-        conn = self.conn
-        world = self.world
-        dice = world.dice
-        if self.ended or world.now - world.start > FORGING_SECONDS:
-            return
-        world.at(world.now + dice.random(), self.forge)
-        if conn is None or conn.state == SYN_RECEIVED:
-            return
-        rcv, snd = conn.rcv, conn.snd
-        wnd = rcv.wnd
-        outside = (rcv.nxt + wnd + 1 + dice.randrange((1 << 31) - wnd)) & MASK
-        inside = (rcv.nxt + dice.randrange(1, max(wnd, 2))) & MASK
-        # Nobody can guess that the text in flight ends where the window ends: no ACK of that is forged here.
-        acceptable = (snd.una + dice.randrange(((snd.nxt - snd.una) & MASK) + 1)) & MASK
-        too_new = (snd.nxt + 1 + dice.randrange(1 << 31)) & MASK
-        too_old = (snd.una - snd.max_wnd - 1 - dice.randrange(1 << 20)) & MASK
-        ts = ((conn.ts_recent + dice.randrange(5)) & MASK, 0) if conn.timestamps else None
-        stale = ((conn.ts_recent - 1 - dice.randrange(1 << 30)) & MASK, 0) if conn.timestamps else None
-        length = dice.choice((0, 1, 1460, 60_000))
-        forged = [
-            Packet(RST, outside, 0, 0, ts=ts),
-            Packet(RST | ACK, inside, acceptable, 0, ts=ts),  # the challenge: RFC 5961, 3.2
-            Packet(SYN, dice.choice((inside, outside)), 0, 60_000, ts=ts, mss=1),
-            Packet(SYN | ACK, inside, acceptable, 0, ts=ts),
-            Packet(ACK | FIN, outside, acceptable, 0, 0, length, ts),
-            Packet(ACK | FIN, inside, too_new, 0, 0, length, ts),
-            Packet(ACK, inside, too_old, 0, 0, length, ts),
-            Packet(FIN, inside, 0, 0, 0, length, ts),  # without ACK
-        ]
-        if conn.timestamps:
-            forged.append(Packet(ACK | FIN, rcv.nxt, acceptable, 0, 0, length, stale))
-            forged.append(Packet(ACK | FIN, rcv.nxt, acceptable, 0, 0, length, None))
-        packet = dice.choice(forged)
-        if world.tell is not None:
-            world.tell(f"{world.now - world.start:12.6f} forged {self.link.describe(packet)}")
-        before = self.received, self.remote_closed
-        self.arrives(packet, FORGED)
-        assert before == (self.received, self.remote_closed), "a stranger's text was taken"
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────────────────────
 

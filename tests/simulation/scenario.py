@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from random import Random
 
+from tests.simulation.forgery import forge
 from tests.simulation.gateway import Gateway, GatewayTraits
 from tests.simulation.peer import Peer, PeerTraits
 from tests.simulation.world import Link, LinkTraits, Packet, Stillness, World
@@ -144,7 +145,7 @@ class Scenario:
         world, gateway, peer = self.world, self.gateway, self.peer
         peer.begin()
         if self.stranger:
-            world.at(world.now + world.dice.random(), self._forge)
+            world.at(world.now + world.dice.random(), forge, gateway)
         still = False
         try:
             world.run(self._over)
@@ -168,9 +169,6 @@ class Scenario:
         reset = gateway.reset or peer.reset
         seconds = world.now - world.start
         return Result(self.seed, seconds, world.carried, gateway.received, peer.received, reset, self.stranger)
-
-    def _forge(self, _: object) -> None:
-        self.gateway.forge(None)
 
 
 def run(seed: int, tell: Callable[[str], None] | None = None) -> Result:
