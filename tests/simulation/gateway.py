@@ -38,6 +38,7 @@ class GatewayTraits:
     lingers: float = 0.0  #: seconds between the last text and the FIN
     abort_after: float = inf  #: seconds
     receive_buffer: int = RECEIVE_BUFFER  #: to which it may grow
+    surplus: int = 0  #: octets that are there before the handshake, and more than the window takes
 
 
 class Gateway:
@@ -153,6 +154,13 @@ class Gateway:
         self._begun()
 
     def _begun(self) -> None:
+        assert self.conn is not None
+        if self.traits.surplus:
+            self.sent = min(self.traits.surplus, self.total)
+            self.conn.send(self.sent)
+            if self.sent == self.total and self.conn.state == SYN_RECEIVED:
+                self.conn.close()
+                self._source_open = False
         if self.traits.abort_after < inf:
             self.world.at(self.world.now + self.traits.abort_after, self._abort)
         self.output()

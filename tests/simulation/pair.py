@@ -47,6 +47,7 @@ def gateway_traits(world: World, cuts: bool, abort_after: float) -> GatewayTrait
         lingers=dice.choice((0.0, 0.0, 0.0, 0.1, 100.0)),
         abort_after=abort_after,
         receive_buffer=dice.choice((16_384, 262_144, RECEIVE_BUFFER)),
+        surplus=dice.choice((0, 0, 0, 300, 30_000)),
     )
 
 

@@ -109,6 +109,7 @@ class Scenario:
             lingers=dice.choice((0.0, 0.0, 0.0, 0.1, 100.0)),
             abort_after=ends[2],
             receive_buffer=dice.choice((16_384, 262_144, RECEIVE_BUFFER, 64 << 20)),
+            surplus=dice.choice((0, 0, 0, 300, 30_000)),
         )
         sizes = (0, 1, 1000, 10_000, 30_000, 100_000, 400_000)
         # Octet by octet, or once a second, or after each timeout: not too many of them.

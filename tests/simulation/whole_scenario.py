@@ -11,11 +11,12 @@ from tests.simulation.scenario import Result, link_traits, peer_traits
 from tests.simulation.stranger import Stranger
 from tests.simulation.target import target_traits
 from tests.simulation.whole_worker import Flow, WholeWorker
-from tests.simulation.world import Link, Packet, Stillness, World
+from tests.simulation.world import MASK, Link, Packet, Stillness, World
 from workers import counts
 from workers.icmperrors import MIN_MTU4, MIN_MTU6
 
 MAX_PACKETS = 300  #: of one way of one flow, about
+LOOK = 0.01  #: seconds between two looks whether a connection has ended
 RUNS = 50  #: of one worker, one after the other
 #: what the workers of the runs are told, in turn
 SETTINGS = (
@@ -38,7 +39,7 @@ class Client:
     """One client, its link, its way into the worker."""
 
     def __init__(self, shard: WholeWorker, number: int) -> None:
-        world = shard.world
+        self.world = world = shard.world
         dice = world.dice
         delay = dice.choice((0.0001, 0.001, 0.01, 0.1))
         mtu = shard.worker.settings.mtu
@@ -60,6 +61,7 @@ class Client:
         if target.pause:
             down = min(down, 30 * max(target.reads))
         self.flow = Flow(shard, self.down_link, version, 1000 + number, target, down)
+        self.lives = dice.choice((1, 1, 1, 2, 4)) if not self.aborted else 1  #: connections with these ports
         self.peer = Peer(world, self.up_link, traits, up, down)
         self.up_link.receiver = self.flow.arrives
         self.down_link.receiver = self.peer.arrives
@@ -74,9 +76,30 @@ class Client:
     def _told_down(self, packet: Packet) -> str:
         return packet.told(self.flow.iss, self.peer.iss)
 
+    def begin(self) -> None:
+        """Open, and once more after the end."""
+        self.peer.begin()
+        if self.lives > 1:
+            self.world.at(self.world.now + LOOK, self._look)
+
+    def _look(self, _: object) -> None:
+        """Open the next connection as soon as the one before has ended, whatever is still on the way."""
+        world, old = self.world, self.peer
+        if not (old.done and self.flow.ended):
+            world.at(world.now + LOOK + (world.now - world.start) / 50, self._look)
+        elif old.reset:
+            self.lives = 1
+        else:
+            self.check(False)
+            self.lives -= 1
+            self.peer = Peer(world, self.up_link, old.traits, old.total, old.their_total)
+            self.peer.iss = (old.iss + old.total + 2 + world.dice.randrange(100_000)) & MASK
+            self.down_link.receiver = self.peer.arrives
+            self.begin()
+
     def over(self) -> bool:
         """Whether both ends have done."""
-        return self.peer.done and self.flow.ended
+        return self.lives == 1 and self.peer.done and self.flow.ended
 
     @property
     def is_bad(self) -> bool:
@@ -111,7 +134,7 @@ def run(shard: WholeWorker, seed: int, tell: Callable[[str], None] | None = None
             tell(f"down: {client.down_link.traits}\n  up: {client.up_link.traits}")
             tell(f"{client.peer.traits}, sends {client.peer.total}")
             tell(f"{client.flow.traits}, sends {client.flow.total}")
-        client.peer.begin()
+        client.begin()
     if strange:
         Stranger(shard, [client.flow for client in clients], strange).begin()
     timeouts = shard.count[counts.TCP_RETRANSMIT_TIMEOUTS]

@@ -154,6 +154,8 @@ class Flow:
     def sent(self, frame: bytes) -> None:
         """Take a frame for this client, and put it on the link, cut."""
         answer = Answer(frame)
+        if answer.flags & SYN:
+            self.iss = answer.seq
         text = answer.text
         start = (answer.seq - self.iss - 1) & MASK
         assert text == STREAM[start : start + len(text)] or not text, f"wrong octets at {start}"
