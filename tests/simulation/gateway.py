@@ -50,7 +50,7 @@ class Gateway:
         self.traits = traits
         self.conn: Connection | None = None
         self.policy = Policy(traits.receive_buffer)
-        self._growth = self.policy.growth
+        self._budgets = self.policy.growth, self.policy.flights
         self.total = total  #: octets to send before the FIN
         self.sent = 0
         self.received = 0
@@ -370,5 +370,5 @@ class Gateway:
             return
         assert self.ended, NAMES[conn.state]
         assert conn.deadline == inf, "a timer is left"
-        assert self.policy.growth == self._growth, "a part of the buffers' budget is left"
+        assert (self.policy.growth, self.policy.flights) == self._budgets, "a part of a budget was not given back"
         assert conn.rcv.pieces is None or self.reset or self.gave_up or conn.state == CLOSED, "text is left"

@@ -222,7 +222,8 @@ class WholeWorker:
         self.worker = VirtualWorker(self.port, Settings(**{**defaults, **settings}), self.count, self._channels[0])
         self.worker.upstream.open = self._open  # type: ignore[method-assign,assignment]
         self.worker.tcp.initial_sequence_number = self._initial  # type: ignore[method-assign]
-        self._growth = self.worker.tcp.policy.growth
+        policy = self.worker.tcp.policy
+        self._budgets = policy.growth, policy.flights
         self.world: World
         self.flows: dict[bytes, Flow] = {}
         self.strays: list[bytes] = []  #: frames for nobody
@@ -348,7 +349,7 @@ class WholeWorker:
         tcp = self.worker.tcp
         assert not tcp.table and not tcp.pending, "a flow is left"
         assert not self._events
-        assert tcp.policy.growth == self._growth, "a part of the buffers' budget is left"
+        assert (tcp.policy.growth, tcp.policy.flights) == self._budgets, "a part of a budget was not given back"
         assert not tcp.acks and not tcp.delayed and not tcp.ready and not tcp.starved
         assert all(fd < FIRST_FD for fd in self.worker.handlers), "a descriptor is watched"
         assert all(target.closed for flow in self.flows.values() for target in flow.targets), "a target is left"
