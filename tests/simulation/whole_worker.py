@@ -78,7 +78,7 @@ class Flow:
         self.server_port = server_port
         self.ports = struct.pack(">HH", 40_000, server_port)
         self.key = self.client + self.server + self.ports
-        self.iss = MASK - shard.world.dice.randrange(3000)
+        self.iss = self.next_iss = MASK - shard.world.dice.randrange(3000)
         self.total = total
         self.targets: list[Target] = []
         shard.flows[self.key] = self
@@ -249,7 +249,11 @@ class WholeWorker:
         free[:] = free[TX_LARGE - frames :]
 
     def _initial(self, key: bytes, now: float) -> int:
-        return self.flows[key].iss
+        """Return the ISS of a flow; that of the next connection is behind all that this one sends (RFC 6528)."""
+        flow = self.flows[key]
+        iss = flow.next_iss
+        flow.next_iss = (iss + flow.total + self.world.dice.randrange(1000, 100_000)) & MASK
+        return iss
 
     def _open(self, family: int, kind: int) -> Target:
         if kind == socket.SOCK_DGRAM:
