@@ -293,6 +293,8 @@ def check_fin(conn: Connection) -> None:
     """Step eight: take the peer's FIN if all text before it was taken."""
     rcv = conn.rcv
     if rcv.fin_at != rcv.taken or conn.state not in RECEIVING:
+        if rcv.fin_at < rcv.taken:
+            rcv.fin_at = -1  # text has passed it: it was none
         return
     rcv.fin_at = -1
     rcv.nxt = (rcv.nxt + 1) & MASK
