@@ -5,6 +5,7 @@
     worker   N      upstream rights   rx fill tx completion        of its shard
     writer   1      device            tx completion                of every worker
     single   1      both              nothing: reader, worker and writer in one
+    carrier  1      upstream rights   nothing: only where the proxy is inside something else (carrier.py)
 
 The order of a table is the way of a frame, and the order in which the processes are told to stop. Two roles are
 neighbours when they share a ring; who dies is let go of by its neighbours before its rings are emptied.

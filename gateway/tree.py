@@ -56,7 +56,7 @@ class ProcessTree:
 
         `fork` forks the child for a place; `clear` empties what a dead child left (its rings and gauges), at its death
         and again before the next fork; `on_ready` is called once, when all have been ready; `on_event` gets every event
-        but "ready", "failed" and "warning"; `on_death` is called before anything is done about a death.
+        but "ready" and "failed"; `on_death` is called before anything is done about a death.
         """
         self.processes = processes
         self._loop = loop
@@ -148,8 +148,6 @@ class ProcessTree:
             self._is_ready(process)
         elif event == "failed":
             process.reason = printable(message.get("reason", ""))
-        elif event == "warning":
-            log.warning("%s: %s", process.label, printable(message.get("text", "")))
         else:
             self._on_event(process, message)
 

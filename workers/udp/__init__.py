@@ -3,7 +3,8 @@
                  frame_arrives        end_of_batch                    send / sendmsg + UDP_SEGMENT
     RX frame ──► Udp ─► Flow.pieces ─► Udp._leave ──► Association ──────────────────► relay of the proxy
     TX frame ◄── Answers.from_relay ◄───────────────── Association ◄──────────────── (or anyone, for direct://)
-                                                          │ ProxyConnection: UDP ASSOCIATE, open as long as it lives
+                                                          │ ProxyConnection: UDP ASSOCIATE, open as long as it lives;
+                                                          │ of a Tunnel: the datagrams themselves, in frames
 
 | object          | one for each                        | ends                                                     |
 | --------------- | ----------------------------------- | -------------------------------------------------------- |
