@@ -1,5 +1,6 @@
 """Proxies that are away, lie, dawdle or say nothing: bounded in time and memory, counted, and then recovered from."""
 
+import contextlib
 import errno
 import socket
 import threading
@@ -21,8 +22,9 @@ def pss(ringway: Ringway) -> int:
     """Return the proportional set size of the whole process tree, in bytes."""
     total = 0
     for process in ringway.tree():
-        with open(f"/proc/{process.pid}/smaps_rollup") as rollup:
-            total += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024
+        with contextlib.suppress(OSError):  # a child that asked the proxy something has just ended
+            with open(f"/proc/{process.pid}/smaps_rollup") as rollup:
+                total += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024
     return total
 
 
