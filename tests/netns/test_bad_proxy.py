@@ -22,9 +22,9 @@ def pss(ringway: Ringway) -> int:
     """Return the proportional set size of the whole process tree, in bytes."""
     total = 0
     for process in ringway.tree():
-        with contextlib.suppress(OSError):  # a child that asked the proxy something has just ended
-            with open(f"/proc/{process.pid}/smaps_rollup") as rollup:
-                total += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024
+        # A child that asked the proxy something may have ended just now.
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/smaps_rollup") as rollup:
+            total += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024
     return total
 
 
