@@ -7,6 +7,7 @@ import pytest
 from tests.shard import Shard, all_datagrams, udp_packet
 from tests.socksproxy import Proxy
 from workers import counts
+from workers.socks import modes
 from workers.udp import Udp
 from workers.udp.associations import WARM_RETRY
 
@@ -91,6 +92,18 @@ def test_a_proxy_that_refuses_is_not_asked_again_and_again(shard):
     shard.timers.run(monotonic() + WARM_RETRY)
     settle(shard)
     assert len(shard.proxy.requests) == 4
+
+
+def test_after_a_change_of_mode_those_of_the_old_one_go(shard):
+    shard.receive(udp_packet(b"first", sport=2000))
+    shard.run_until(lambda: ready(shard) == 2)
+    shard.udp.availability.mode = modes.HEV
+    shard.receive(udp_packet(b"second", sport=2001))
+    assert not shard.udp.associations._warm
+    shard.run_until(lambda: len(shard.proxy.clients) >= 2)
+    settle(shard)
+    assert shard.counted(counts.UDP_WARM_TAKEN) == 0
+    assert set(shard.udp.associations._warm.values()) <= {modes.HEV}
 
 
 def test_one_that_nobody_takes_is_renewed(shard):

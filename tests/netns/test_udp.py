@@ -6,11 +6,14 @@ import select
 import socket
 import struct
 import time
+from contextlib import ExitStack
 from typing import Final
 
 import pytest
 
 from tests.netns.daemon import DIRECT, Ringway
+from tests.netns.link import B4 as LINK_NET4
+from tests.netns.link import Link
 from tests.netns.peers import EMBEDDED, RunningPeer
 from tests.netns.stage import Stage
 from tests.netns.traffic import SO_RCVBUFFORCE, UdpTarget, family_of, target_address, udp_echo
@@ -217,6 +220,31 @@ def test_more_associations_than_allowed(world: World) -> None:
         finally:
             for client in clients:
                 client.close()
+
+
+def test_a_new_client_waits_for_no_handshake(world: World) -> None:
+    """Behind a proxy far away it is answered in less than 1.5 of the round trips that a known one's datagram takes."""
+
+    def answered_in(client: socket.socket, payload: bytes) -> float:
+        began_at = time.monotonic()
+        client.sendto(payload, target.address)
+        assert client.recv(10) == payload
+        return time.monotonic() - began_at
+
+    with ExitStack() as stack:
+        target = stack.enter_context(UdpTarget(world.net))
+        stack.enter_context(Link(world.gw, world.net, {"delay": 0.03}, {"delay": 0.03}))
+        peer = stack.enter_context(RunningPeer(EMBEDDED, world.net, LINK_NET4))
+        ringway = stack.enter_context(Ringway(world, "-p", peer.url, "--workers", "1"))
+        known, new = (stack.enter_context(world.gw.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
+        known.settimeout(5)
+        new.settimeout(5)
+        cold = answered_in(known, b"cold")
+        eventually(lambda: ringway.counters()["udp_opened"] >= 2, "an association stands ready")
+        usual = min(answered_in(known, b"%d" % number) for number in range(5))
+        assert answered_in(new, b"new") < 1.5 * usual
+        assert cold > 3 * usual, "what the pool is for"
+        assert ringway.counters()["udp_warm_taken"] == 1
 
 
 @pytest.mark.parametrize("mapping", ["endpoint-independent", "address-port"])

@@ -36,7 +36,7 @@ class Associations:
         self._most = settings.max_associations
         self._direct = udp.worker.upstream.direct
         self._warm_size = 0 if self._direct else settings.udp_warm
-        self._warm: list[Association] = []
+        self._warm: dict[Association, str] = {}  # and by which mode each was asked for
         self._retry_armed = False
         self.table: dict[bytes, Association] = {}
 
@@ -54,12 +54,11 @@ class Associations:
         """
         if len(self.table) >= self._most:
             self._evict(now)
-        kind = self._kind()
-        association = self._take_warm(kind)
+        association = self._take_warm()
         if association is not None:
             association.adopt(key, client, now, receiver, undelivered)
         else:
-            association = kind(self._udp, key, client, now, receiver, undelivered)
+            association = self._kind()(self._udp, key, client, now, receiver, undelivered)
             try:
                 if self._direct:
                     association.open_direct(now)
@@ -78,7 +77,7 @@ class Associations:
             del self.table[association.key]
             self._count[counts.UDP_ASSOCIATIONS] = len(self.table)
         elif association in self._warm:
-            self._warm.remove(association)
+            del self._warm[association]
             self._arm(now + WARM_RETRY)
 
     def _evict(self, now: float) -> None:
@@ -109,16 +108,20 @@ class Associations:
             except OSError:
                 association.close()
                 return
-            self._warm.append(association)
+            self._warm[association] = self._udp.availability.mode
 
     def _kind(self) -> type[Association]:
         """Return what the proxy is known to have."""
         return Association if self._direct or self._udp.availability.mode == modes.UDP else Tunnel
 
-    def _take_warm(self, kind: type[Association]) -> Association | None:
-        for association in self._warm:
-            if association.state == READY and type(association) is kind:
-                self._warm.remove(association)
+    def _take_warm(self) -> Association | None:
+        for association, mode in list(self._warm.items()):
+            if mode != self._udp.availability.mode:  # a probe has found another way since
+                del self._warm[association]
+                association.close()
+                self._arm(0.0)
+            elif association.state == READY:
+                del self._warm[association]
                 self._count[counts.UDP_WARM_TAKEN] += 1
                 # Another one takes its place after this one's first datagram has left.
                 self._arm(0.0)
