@@ -59,6 +59,7 @@ class SharedCache:
         self._memory = mmap(self._fd, self._log_at + octets)
         words = memoryview(self._memory).cast("Q")
         self._head = words[:1]
+        self._head[0] = _ALIGNMENT  # no entry has position 0, which a free word of the index has
         self._index = words[_INDEX_AT // 8 : _INDEX_AT // 8 + slots]
 
     def get(self, key: bytes, now: float) -> Entry | None:

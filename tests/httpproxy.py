@@ -35,16 +35,19 @@ class HttpProxy:
             sock.close()
 
     def _start(self, call, *arguments):
-        thread = threading.Thread(target=call, args=arguments, daemon=True)
+        thread = threading.Thread(target=self._until_they_go, args=(call, arguments), daemon=True)
         self._threads.append(thread)
         thread.start()
 
+    def _until_they_go(self, call, arguments):
+        try:
+            call(*arguments)
+        except OSError:
+            pass  # somebody has closed or reset a connection
+
     def _accept(self):
         while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
+            client, _ = self.listener.accept()
             self._sockets.append(client)
             self._start(self._serve, client)
 
@@ -80,9 +83,6 @@ class HttpProxy:
         self._start(self._pump, server, client)
 
     def _pump(self, source, sink):
-        try:
-            while data := source.recv(65536):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)

@@ -48,6 +48,17 @@ def test_a_full_cache_holds_what_fits(cache):
     assert kept > 0.9 * SMALLEST / 128
 
 
+def test_the_first_entry_gives_way_to_nobody_while_there_is_room(cache):
+    """A free word of the index is older than the very first entry."""
+    cache.put(b"first", b"1", 0.0, 100.0)
+    bucket = hash(b"first") % cache._buckets
+    others = [key for key in (b"%d" % i for i in range(100_000)) if hash(key) % cache._buckets == bucket][:3]
+    for key in others:
+        cache.put(key, key, 0.0, 100.0)
+    assert cache.get(b"first", 1.0) is not None
+    assert [cache.get(key, 1.0).value for key in others] == others
+
+
 def test_values_and_keys_of_every_length_up_to_the_greatest(cache):
     cache.put(b"", b"", 0.0, 1.0)
     assert cache.get(b"", 0.5).value == b""
