@@ -77,14 +77,17 @@ class Stranger:
         return flow.frame(packet, text, extra=dice.randbytes(dice.choice((0, 0, 4, 12))))
 
     def _spoiled(self, flow: Flow) -> tuple[bytes, bytes] | None:
-        """A true packet with a bit turned, or up to sixteen in a row: no checksum misses that."""
+        """A true packet with a bit turned, or up to fifteen in a row: no checksum misses that.
+
+        Sixteen may: turned from zeros to ones they add 65,535, which is as good as nothing.
+        """
         dice = self._dice
         if flow.last is None or flow.last[0].flags & SYN:
             return None
         packet, _ = flow.frame(*flow.last, wire=True)
         begin = 0 if flow.version == 4 else 40  # nothing protects the header of IPv6
         at = begin * 8 + dice.randrange((len(packet) - begin) * 8 - 16)
-        spoiled = int.from_bytes(packet) ^ (dice.getrandbits(15) << 1 | 1) << (len(packet) * 8 - at - 16)
+        spoiled = int.from_bytes(packet) ^ (dice.getrandbits(14) << 1 | 1) << (len(packet) * 8 - at - 16)
         return spoiled.to_bytes(len(packet)), WIRE
 
     def _replayed(self, flow: Flow) -> tuple[bytes, bytes] | None:
