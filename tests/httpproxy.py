@@ -63,8 +63,11 @@ class HttpProxy:
         self.heads.append(lines)
         method, target, version = lines[0].split()
         if f"proxy-authorization: {self._authorization}".lower() not in [line.lower() for line in lines]:
-            client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
-            client.shutdown(socket.SHUT_WR)
+            try:
+                client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+                client.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # who has read the first line may be gone
             return
         if method == "CONNECT":
             host, _, port = target.rpartition(":")
