@@ -81,26 +81,36 @@ class DnsOverUdp:
         """Take a datagram to port 53; False: it is no question, and none of ours."""
         if self._direct and self._cache is None:
             return False
-        question = question_of(message) if is_query(message) else None
+        asked = parse_query(message) if self._cache is not None else None
+        # What the cache reads is a question; only what it does not must be looked at again.
+        question = asked.question.lower() if asked else question_of(message) if is_query(message) else None
         if question is None:
             return False
-        asked, told = None, False
-        if self._cache is not None:
-            asked = parse_query(message)
-            if asked is not None:
-                found = self._cache.answer(resolver_of(key), asked, now)
-                if found is not None:
-                    answer, stale = found
-                    if len(answer) > asked.limit:
-                        answer = without_records(message, answer[3] & 15, truncated=True)
-                    self._udp.answers.deliver(key, answer)
-                    name = resolver_of(key) + asked.key()
-                    if not stale or name in self._renewing:
-                        return True
-                    told = True
-                    self._renewing.add(name)
-                    self._count[counts.DNS_CACHE_RENEWED] += 1
+        told = False
+        if asked is not None:
+            stale = self._tell(key, message, asked, now)
+            if stale is False:
+                return True
+            told = stale is True
         self._ask(Waiting(key, message, question, asked, told, now), now)
+        return True
+
+    def _tell(self, key: bytes, message: bytes, asked: Query, now: float) -> bool | None:
+        """Answer from the cache; return whether the answer is to be renewed, None if there is none."""
+        assert self._cache is not None
+        resolver = resolver_of(key)
+        found = self._cache.answer(resolver, asked, now)
+        if found is None:
+            return None
+        answer, stale = found
+        if len(answer) > asked.limit:
+            answer = without_records(message, answer[3] & 15, truncated=True)
+        self._udp.answers.deliver(key, answer)
+        name = resolver + asked.key()
+        if not stale or name in self._renewing:
+            return False
+        self._renewing.add(name)
+        self._count[counts.DNS_CACHE_RENEWED] += 1
         return True
 
     def _ask(self, query: Waiting, now: float) -> None:
