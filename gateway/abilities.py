@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from gateway.caller import Caller
 from gateway.conversation import ProbeError
-from gateway.loop import EventLoop, Timer, wait_readable
+from gateway.loop import EventLoop, Timer
 from gateway.process import Child, describe
 from gateway.proxyurl import ProxyUrl
 from ipc.channel import Channel, ChannelClosed, Message
@@ -98,10 +98,7 @@ class AbilityProbe:
         if self._child is not None:
             child, self._child = self._child, None
             self._loop.unregister(child.pidfd)
-            child.kill()
-            wait_readable(child.pidfd, 1.0)
-            child.reap()
-            child.close()
+            child.end()
 
     def close_in_child(self) -> None:
         """Close the descriptors of the probe in a forked process."""

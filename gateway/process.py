@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from setproctitle import setproctitle
 
+from gateway.loop import wait_readable
 from gateway.privileges import Identity, die_with_parent, give_up
 from ipc.channel import Channel, ChannelClosed, Message
 from ipc.layout import RINGS
@@ -123,6 +124,13 @@ class Child:
                 if pid:
                     self._status = os.waitstatus_to_exitcode(status)
         return self._status
+
+    def end(self) -> None:
+        """Kill it, wait until it is gone, and close the descriptors."""
+        self.kill()
+        wait_readable(self.pidfd, 1.0)
+        self.reap()
+        self.close()
 
     def close(self) -> None:
         """Close the descriptors; in the parent after the end, in other children at once."""

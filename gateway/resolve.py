@@ -84,10 +84,7 @@ class NameLookup:
         if self._child is not None:
             child, self._child = self._child, None
             self._loop.unregister(child.pidfd)
-            child.kill()
-            wait_readable(child.pidfd, 1.0)
-            child.reap()
-            child.close()
+            child.end()
 
     def close_in_child(self) -> None:
         """Close the descriptors of the lookup in a forked process."""
