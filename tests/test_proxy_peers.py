@@ -7,13 +7,13 @@ builds it in two minutes where there is Go.
 import json
 import socket
 import subprocess
-import time
 from contextlib import contextmanager
 
 import pytest
 
 from gateway.proxy.forward import Forwarder
 from gateway.proxy.tunnelurl import parse_tunnel
+from tests.netns.world import eventually
 from tests.peers import find
 from tests.proxy_running import PATIENCE, Running, ask
 from tests.test_proxy_udp import Associated, Echo, datagrams, header
@@ -46,15 +46,14 @@ def running(sing_box, tmp_path, outbound):
     path.write_text(json.dumps(config))
     with subprocess.Popen([sing_box, "run", "-c", str(path)]) as process:
         try:
-            deadline = time.monotonic() + 4 * PATIENCE
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()
-                    break
-                except OSError:
-                    assert process.poll() is None
-                    assert time.monotonic() < deadline
-                    time.sleep(0.02)
+
+            def listens() -> bool:
+                assert process.poll() is None
+                with socket.socket() as trial:
+                    trial.settimeout(PATIENCE)
+                    return trial.connect_ex(("127.0.0.1", port)) == 0
+
+            eventually(listens, "sing-box listens", 4 * PATIENCE)
             yield port
         finally:
             process.terminate()
